@@ -1,0 +1,1 @@
+"""The engine: scheduler, block manager, model runner, executor and the loop that joins them."""

@@ -1,0 +1,158 @@
+"""The paged KV cache's bookkeeping: which block belongs to whom, and which holds a prefix that can be reused. No torch.
+
+Full blocks form a tree: a block's parent is the block before it. A block is found by a chained xxhash (parent's hash, own
+tokens) and taken only if its parent and its tokens are the same, so a hash collision costs a miss, never a wrong answer.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+
+import xxhash
+
+from nanovllm.engine.sequence import Sequence
+
+
+class Block:
+    """One KV block. `node` is 0 while the block is not in the prefix cache."""
+
+    __slots__ = ("block_id", "hash", "node", "parent", "ref_count", "token_ids")
+
+    def __init__(self, block_id: int) -> None:
+        self.block_id = block_id
+        self.ref_count = 0
+        self.hash = 0
+        self.node = 0
+        self.parent = 0
+        self.token_ids: list[int] = []
+
+
+class BlockManager:
+    """Hands out `num_blocks` blocks of `block_size` tokens; every operation is O(1) a block.
+
+    Free blocks stay usable as prefix cache until they are handed out again: blocks that cache nothing first, then the
+    least recently used.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.blocks = [Block(i) for i in range(num_blocks)]
+        self.free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.cached: dict[int, Block] = {}
+        self.last_node = 0
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks no sequence holds."""
+        return len(self.free_block_ids)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def match_prefix(self, seq: Sequence) -> list[int]:
+        """Ids of cached blocks that hold the longest known prefix of `seq`, at least its last token left to compute."""
+        if not self.enable_prefix_caching:
+            return []
+        matched: list[int] = []
+        node = 0
+        for index in range((seq.num_tokens - 1) // self.block_size):
+            block = self._lookup(self._hash(seq, index), node, self._tokens(seq, index))
+            if block is None:
+                break
+            matched.append(block.block_id)
+            node = block.node
+        return matched
+
+    def num_new_blocks(self, seq: Sequence, matched: list[int]) -> int:
+        """Free blocks that `allocate` would take for all tokens of `seq`: the `matched` ones nobody holds count too."""
+        idle = sum(self.blocks[block_id].ref_count == 0 for block_id in matched)
+        return self.blocks_for(seq.num_tokens) - len(matched) + idle
+
+    def allocate(self, seq: Sequence, matched: list[int]) -> None:
+        """Give `seq` blocks for all its tokens, the `matched` ones first, and say what it need not compute."""
+        for block_id in matched:
+            block = self.blocks[block_id]
+            if block.ref_count == 0:
+                del self.free_block_ids[block_id]
+            block.ref_count += 1
+        seq.block_table = list(matched)
+        seq.num_registered_blocks = len(matched)
+        seq.prefix_node = self.blocks[matched[-1]].node if matched else 0
+        seq.num_computed_tokens = len(matched) * self.block_size
+        if seq.num_cached_tokens < 0:
+            seq.num_cached_tokens = seq.num_computed_tokens
+        self.extend(seq, seq.num_tokens)
+
+    def can_extend(self, seq: Sequence, num_tokens: int) -> bool:
+        """Whether there are blocks for the first `num_tokens` tokens of `seq`."""
+        return self.blocks_for(num_tokens) - len(seq.block_table) <= len(self.free_block_ids)
+
+    def extend(self, seq: Sequence, num_tokens: int) -> None:
+        """Lengthen the block table to hold `num_tokens` tokens."""
+        while len(seq.block_table) * self.block_size < num_tokens:
+            block_id, _ = self.free_block_ids.popitem(last=False)
+            block = self.blocks[block_id]
+            self._forget(block)
+            block.ref_count = 1
+            seq.block_table.append(block_id)
+
+    def register(self, seq: Sequence, num_tokens: int) -> None:
+        """Make the full blocks among the first `num_tokens` tokens findable.
+
+        Called when those tokens are scheduled: a step stores all its keys and values before any of its attention reads
+        them, so a sequence admitted later in the same step may already share them.
+        """
+        if not self.enable_prefix_caching:
+            return
+        for index in range(seq.num_registered_blocks, num_tokens // self.block_size):
+            hash_value, tokens = self._hash(seq, index), self._tokens(seq, index)
+            twin = self._lookup(hash_value, seq.prefix_node, tokens)
+            if twin is not None:
+                seq.prefix_node = twin.node
+            else:
+                self.last_node += 1
+                if hash_value not in self.cached:
+                    block = self.blocks[seq.block_table[index]]
+                    block.hash, block.node, block.parent = hash_value, self.last_node, seq.prefix_node
+                    block.token_ids = tokens
+                    self.cached[hash_value] = block
+                seq.prefix_node = self.last_node
+            seq.num_registered_blocks = index + 1
+
+    def free(self, seq: Sequence) -> None:
+        """Take all blocks from `seq`. Its last blocks become the first to be handed out again, so prefixes live longest."""
+        for block_id in reversed(seq.block_table):
+            block = self.blocks[block_id]
+            block.ref_count -= 1
+            if block.ref_count == 0:
+                self.free_block_ids[block_id] = None
+                if block.node == 0:
+                    self.free_block_ids.move_to_end(block_id, last=False)
+        seq.block_table = []
+        seq.reset_cache_position()
+
+    def _tokens(self, seq: Sequence, index: int) -> list[int]:
+        return seq.token_ids[index * self.block_size : (index + 1) * self.block_size]
+
+    def _hash(self, seq: Sequence, index: int) -> int:
+        """Chained hash of block `index`; hashes once computed are kept with the sequence."""
+        while len(seq.block_hashes) <= index:
+            parent = seq.block_hashes[-1] if seq.block_hashes else 0
+            tokens = array("q", self._tokens(seq, len(seq.block_hashes)))
+            seq.block_hashes.append(xxhash.xxh64_intdigest(tokens.tobytes(), seed=parent))
+        return seq.block_hashes[index]
+
+    def _lookup(self, hash_value: int, parent: int, tokens: list[int]) -> Block | None:
+        block = self.cached.get(hash_value)
+        if block is None or block.parent != parent or block.token_ids != tokens:
+            return None
+        return block
+
+    def _forget(self, block: Block) -> None:
+        if block.node:
+            del self.cached[block.hash]
+            block.node = block.parent = block.hash = 0
+            block.token_ids = []

@@ -1,0 +1,197 @@
+"""Runs steps on one rank in this process, or on several in child processes that die with it. The engine sees one interface.
+
+Ranks are started as `python -m nanovllm.engine.rank_worker` and spoken to over a private socket pair each: no port, no shared
+name, no re-import of the user's main module, and a closed socket is how either side learns that the other is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from abc import ABC, abstractmethod
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.model_input import ModelInput
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.errors import EngineDeadError, UserError
+from nanovllm.layers.parallel import TensorParallel
+from nanovllm.models.config import ModelConfig
+
+
+class RankSetup(NamedTuple):
+    """First message to a rank: all it needs to join the others and build its shard."""
+
+    config: EngineConfig
+    model_config: ModelConfig
+    max_model_len: int
+    rank: int
+    rendezvous: str
+    num_threads: int
+
+
+class RankReply(NamedTuple):
+    """A rank's answer: `value`, or what went wrong (`user_error` where the user can mend it)."""
+
+    value: Any = None
+    error: str | None = None
+    user_error: bool = False
+
+
+class Executor(ABC):
+    """Where the model runs. `num_kvcache_blocks` is the size of the pool, known after construction."""
+
+    num_kvcache_blocks: int
+
+    @abstractmethod
+    def execute(self, step: ModelInput) -> list[int]:
+        """Run one step; the sampled tokens.
+
+        Raises:
+            EngineDeadError: a rank died.
+        """
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Free the model; child processes have ended when this returns."""
+
+
+def create_executor(config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> Executor:
+    """The executor for `config.tensor_parallel_size` ranks."""
+    if config.tensor_parallel_size == 1:
+        return UniprocExecutor(config, model_config, max_model_len)
+    return MultiprocExecutor(config, model_config, max_model_len)
+
+
+class UniprocExecutor(Executor):
+    """One rank, in this process."""
+
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> None:
+        self.runner: ModelRunner | None = ModelRunner(config, model_config, max_model_len, TensorParallel())
+        self.num_kvcache_blocks = (
+            config.num_kvcache_blocks if config.num_kvcache_blocks > 0 else self.runner.max_kvcache_blocks()
+        )
+        self.runner.allocate_kv_cache(self.num_kvcache_blocks)
+
+    def execute(self, step: ModelInput) -> list[int]:
+        """See `Executor.execute`."""
+        if self.runner is None:
+            raise EngineDeadError("the engine was shut down")
+        tokens: list[int] = self.runner.execute(step)
+        return tokens
+
+    def shutdown(self) -> None:
+        """See `Executor.shutdown`."""
+        self.runner = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class MultiprocExecutor(Executor):
+    """Tensor-parallel ranks, each a child process."""
+
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> None:
+        size = config.tensor_parallel_size
+        self.rendezvous_dir = Path(tempfile.mkdtemp(prefix="nanovllm-"))
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.connections: list[Connection] = []
+        threads = max(1, torch.get_num_threads() // size)
+        try:
+            for rank in range(size):
+                self._start_rank()
+                rendezvous = str(self.rendezvous_dir / "store")
+                setup = RankSetup(config, model_config, max_model_len, rank, rendezvous, threads)
+                self._send(rank, setup)
+            most = min(self._receive_all())
+            self.num_kvcache_blocks = config.num_kvcache_blocks if config.num_kvcache_blocks > 0 else most
+            for rank in range(size):
+                self._send(rank, self.num_kvcache_blocks)
+            self._receive_all()
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def execute(self, step: ModelInput) -> list[int]:
+        """See `Executor.execute`."""
+        if not self.processes:
+            raise EngineDeadError("the engine was shut down")
+        for rank in range(len(self.processes)):
+            self._send(rank, step)
+        tokens: list[int] = self._receive_all()[0]
+        return tokens
+
+    def shutdown(self) -> None:
+        """See `Executor.shutdown`."""
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.processes, self.connections = [], []
+        shutil.rmtree(self.rendezvous_dir, ignore_errors=True)
+
+    def _start_rank(self) -> None:
+        ours, theirs = socket.socketpair()
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in [os.getcwd(), *sys.path] if path))
+        # Gloo listens on the interface its host name resolves to; ranks share a host, so loopback is enough.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        command = [sys.executable, "-m", "nanovllm.engine.rank_worker", str(theirs.fileno())]
+        self.processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment))
+        theirs.close()
+        self.connections.append(Connection(ours.detach()))
+
+    def _send(self, rank: int, message: object) -> None:
+        try:
+            self.connections[rank].send(message)
+        except OSError:
+            raise self._dead(rank) from None
+
+    def _receive_all(self) -> list[Any]:
+        """One reply of every rank. A rank that died or failed is reported as soon as it shows, while others may hang."""
+        replies: dict[int, Any] = {}
+        while len(replies) < len(self.connections):
+            pending = [c for rank, c in enumerate(self.connections) if rank not in replies]
+            for ready in wait(pending):
+                rank = self.connections.index(ready)  # type: ignore[arg-type]
+                replies[rank] = self._receive(rank)
+        return [replies[rank] for rank in range(len(replies))]
+
+    def _receive(self, rank: int) -> Any:
+        try:
+            reply: RankReply = self.connections[rank].recv()
+        except (EOFError, OSError):
+            raise self._dead(rank) from None
+        if reply.error is not None:
+            self._kill_all()
+            if reply.user_error:
+                raise UserError(reply.error)
+            raise EngineDeadError(f"tensor-parallel rank {rank} failed: {reply.error}")
+        return reply.value
+
+    def _dead(self, rank: int) -> EngineDeadError:
+        """What happened to `rank`; the other ranks are killed, since they may wait for it forever."""
+        process = self.processes[rank]
+        try:
+            code = process.wait(timeout=5)
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        except subprocess.TimeoutExpired:
+            how = "closed its connection"
+        self._kill_all()
+        return EngineDeadError(f"tensor-parallel rank {rank} (pid {process.pid}) {how}; the engine has stopped")
+
+    def _kill_all(self) -> None:
+        for process in self.processes:
+            process.kill()
+        self.shutdown()

@@ -1,0 +1,125 @@
+"""Decides what each step computes: schedule, preempt, finish. Plain Python, so thousands of steps a second can be tested."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.outputs import FinishReason
+
+# Admission leaves every running sequence room to generate this many tokens more, so that it is seldom preempted at once.
+DECODE_RESERVE_TOKENS = 64
+
+
+class ScheduledSequence(NamedTuple):
+    """`num_tokens` tokens of `seq` from index `start` are computed in this step."""
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the sequence's last token, so that a next one is sampled."""
+        return self.start + self.num_tokens == self.seq.num_tokens
+
+
+class Scheduler:
+    """One token budget a step, shared by decodes and prefill chunks; the oldest sequences come first.
+
+    Running sequences are served first, in the order of their admission: one token each for those that decode, the next
+    chunk for those still in prefill. What is left of the budget admits waiting ones. Where a running sequence finds no block, the
+    youngest one is preempted: its blocks are freed and it waits, to be recomputed, at the head of the queue.
+    """
+
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, block_manager: BlockManager) -> None:
+        # More running sequences than budget would let the youngest starve.
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.block_manager = block_manager
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self.waiting or self.running)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence. The caller has checked that it fits the pool when it runs alone."""
+        self.waiting.append(seq)
+
+    def schedule(self) -> list[ScheduledSequence]:
+        """The next step's work; every sequence's `num_computed_tokens` is already advanced past it."""
+        preemptions = self.num_preemptions
+        batch, budget = self._schedule_running()
+        if self.num_preemptions == preemptions:
+            self._admit(batch, budget)
+        return batch
+
+    def finish(self, seq: Sequence, reason: FinishReason) -> None:
+        """End a sequence, running or waiting, and free its blocks."""
+        if seq.status is SequenceStatus.RUNNING:
+            self.running.remove(seq)
+        elif seq.status is SequenceStatus.WAITING:
+            self.waiting.remove(seq)
+        self.block_manager.free(seq)
+        seq.status = SequenceStatus.FINISHED
+        seq.finish_reason = reason
+
+    def _schedule_running(self) -> tuple[list[ScheduledSequence], int]:
+        batch: list[ScheduledSequence] = []
+        budget = self.max_num_batched_tokens
+        index = 0
+        while index < len(self.running) and budget > 0:
+            seq = self.running[index]
+            num_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
+            while not self.block_manager.can_extend(seq, seq.num_computed_tokens + num_tokens):
+                if self._preempt_youngest() is seq:
+                    break
+            else:
+                self.block_manager.extend(seq, seq.num_computed_tokens + num_tokens)
+                budget -= self._take(batch, seq, num_tokens)
+                index += 1
+        return batch, budget
+
+    def _admit(self, batch: list[ScheduledSequence], budget: int) -> None:
+        reserve = sum(map(self._reserve, self.running))
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            matched = self.block_manager.match_prefix(seq)
+            needed = self.block_manager.num_new_blocks(seq, matched)
+            reserve += self._reserve(seq)
+            free = self.block_manager.num_free_blocks
+            # A sequence that runs alone needs no reserve: it fits the pool, and nobody else takes blocks.
+            if needed + (reserve if self.running else 0) > free:
+                break
+            self.waiting.popleft()
+            self.block_manager.allocate(seq, matched)
+            seq.status = SequenceStatus.RUNNING
+            self.running.append(seq)
+            budget -= self._take(batch, seq, min(seq.num_tokens - seq.num_computed_tokens, budget))
+
+    def _take(self, batch: list[ScheduledSequence], seq: Sequence, num_tokens: int) -> int:
+        start = seq.num_computed_tokens
+        batch.append(ScheduledSequence(seq, start, num_tokens))
+        seq.num_computed_tokens = start + num_tokens
+        self.block_manager.register(seq, start + num_tokens)
+        return num_tokens
+
+    def _reserve(self, seq: Sequence) -> int:
+        """Blocks `seq` may still take within the decode reserve."""
+        left = min(seq.max_new_tokens - seq.num_generated_tokens, DECODE_RESERVE_TOKENS)
+        held = len(seq.block_table) or self.block_manager.blocks_for(seq.num_tokens)
+        return max(0, self.block_manager.blocks_for(seq.num_tokens + left) - held)
+
+    def _preempt_youngest(self) -> Sequence:
+        seq = self.running.pop()
+        self.block_manager.free(seq)
+        seq.status = SequenceStatus.WAITING
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+        return seq

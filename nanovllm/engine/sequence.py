@@ -1,0 +1,85 @@
+"""One request while the engine works on it: its tokens, its KV blocks and how far it has got. No torch, no tokenizer."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from nanovllm.outputs import FinishReason
+from nanovllm.sampling_params import SamplingParams
+
+
+class SequenceStatus(Enum):
+    """Where a sequence is: preempted ones wait again."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class Sequence:
+    """Prompt and generated tokens with their place in the KV cache.
+
+    Attributes:
+        token_ids: prompt followed by generated tokens.
+        max_new_tokens: generation ends with "length" after so many (the request's limit, the model's and the pool's).
+        seed: of this sequence's random numbers.
+        num_computed_tokens: leading tokens whose KV is in the cache, or will be after the step being scheduled.
+        num_cached_tokens: prompt tokens taken from the prefix cache at first admission; -1 before it.
+        block_table: ids of the KV blocks that hold the tokens, in order.
+        block_hashes: chained hashes of the leading full blocks, computed once.
+        num_registered_blocks, prefix_node: how much of the block table the prefix cache knows, and its last node.
+    """
+
+    __slots__ = (
+        "block_hashes",
+        "block_table",
+        "finish_reason",
+        "max_new_tokens",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "num_registered_blocks",
+        "params",
+        "prefix_node",
+        "seed",
+        "seq_id",
+        "status",
+        "token_ids",
+    )
+
+    def __init__(
+        self, seq_id: int, token_ids: list[int], params: SamplingParams, max_new_tokens: int, seed: int
+    ) -> None:
+        self.seq_id = seq_id
+        self.token_ids = list(token_ids)
+        self.num_prompt_tokens = len(token_ids)
+        self.params = params
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.num_cached_tokens = -1
+        self.block_hashes: list[int] = []
+        self.block_table: list[int] = []
+        self.reset_cache_position()
+
+    def reset_cache_position(self) -> None:
+        """Forget what is in the KV cache: before admission, and after preemption."""
+        self.num_computed_tokens = 0
+        self.num_registered_blocks = 0
+        self.prefix_node = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens."""
+        return len(self.token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Generated tokens."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def generated_token_ids(self) -> list[int]:
+        """The generated tokens."""
+        return self.token_ids[self.num_prompt_tokens :]

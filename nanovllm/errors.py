@@ -1,0 +1,12 @@
+"""The two ways the engine fails as a whole. A single bad request is never an exception: it is an `error` in its output."""
+
+
+class UserError(ValueError):
+    """A mistake of the user that stops the program: one line that says what was given, what is allowed and what to do.
+
+    Command lines print the line and exit with status 2.
+    """
+
+
+class EngineDeadError(RuntimeError):
+    """The engine (or one of its tensor-parallel ranks) died; requests in flight are lost and the engine must be rebuilt."""

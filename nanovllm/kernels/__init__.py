@@ -1,0 +1,1 @@
+"""Kernels, one idea a file, each with its plain-torch reference."""

@@ -1,0 +1,155 @@
+"""Attention: the one interface behind which backends differ, the backends by name, and the layer models use.
+
+A backend is asked once a step for a plan (what every layer can share: slots, masks, splits) and once a layer to store the new
+keys and values and attend over the cache.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from nanovllm.errors import UserError
+from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch, paged_prefill_torch, store_kv_torch
+from nanovllm.utils.context import ForwardContext
+
+
+class AttentionBatch(NamedTuple):
+    """One step's sequences, the `num_decodes` with a single new token first; B sequences in all.
+
+    Attributes:
+        query_lens: new tokens of each sequence; context_lens: its tokens in the cache after this step, on the host.
+        block_tables: [B, W] block ids, rows padded at their end, on the device.
+        block_size: tokens of a block.
+    """
+
+    num_decodes: int
+    query_lens: list[int]
+    context_lens: list[int]
+    block_tables: torch.Tensor
+    block_size: int
+
+
+class AttentionBackend(ABC):
+    """Attention over the paged cache of one model (Hq query heads, Hkv KV heads, D head dim of this rank)."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    @abstractmethod
+    def plan(self, batch: AttentionBatch) -> Any:
+        """What all layers of a step share; kept in `ForwardContext.attention_plan`."""
+
+    @abstractmethod
+    def store(
+        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Write `k`, `v` [T, Hkv, D] into the caches [N, P, Hkv, D]."""
+
+    @abstractmethod
+    def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any) -> torch.Tensor:
+        """`q` [T, Hq, D] over the caches -> [T, Hq, D]; decodes' rows first, then the prefill chunks' rows."""
+
+
+@dataclass(frozen=True)
+class _DecodeGroup:
+    rows: torch.Tensor
+    slots: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class TorchPlan:
+    """Decodes grouped by similar context length, and (first row, last row, slots) of every prefill chunk."""
+
+    decodes: list[_DecodeGroup]
+    prefills: list[tuple[int, int, torch.Tensor]]
+
+
+class TorchBackend(AttentionBackend):
+    """Plain torch: the reference, and the CPU's path. Decodes run as one batched call for each group of similar lengths."""
+
+    # A group's shortest context is at least this part of its longest, which bounds the padding read for nothing.
+    min_fill = 0.7
+
+    def plan(self, batch: AttentionBatch) -> TorchPlan:
+        """See `AttentionBackend.plan`."""
+        device = batch.block_tables.device
+        order = sorted(range(batch.num_decodes), key=lambda i: batch.context_lens[i])
+        groups: list[_DecodeGroup] = []
+        end = len(order)
+        while end > 0:
+            longest = batch.context_lens[order[end - 1]]
+            start = end - 1
+            while start > 0 and batch.context_lens[order[start - 1]] >= self.min_fill * longest:
+                start -= 1
+            groups.append(self._group(batch, order[start:end], longest, device))
+            end = start
+        prefills: list[tuple[int, int, torch.Tensor]] = []
+        row = batch.num_decodes
+        for i in range(batch.num_decodes, len(batch.query_lens)):
+            slots = context_slots(batch.block_tables[i : i + 1], batch.block_size, batch.context_lens[i])[0]
+            prefills.append((row, row + batch.query_lens[i], slots))
+            row += batch.query_lens[i]
+        return TorchPlan(groups, prefills)
+
+    @staticmethod
+    def _group(batch: AttentionBatch, rows: list[int], longest: int, device: torch.device) -> _DecodeGroup:
+        index = torch.tensor(rows, device=device)
+        slots = context_slots(batch.block_tables[index], batch.block_size, longest)
+        lens = torch.tensor([batch.context_lens[i] for i in rows], device=device)
+        mask = torch.arange(longest, device=device) < lens[:, None]
+        # Padding reads slot 0, which is finite: an unwritten slot could hold what a mask cannot take back.
+        return _DecodeGroup(index, slots * mask, None if bool(mask.all()) else mask)
+
+    def store(
+        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """See `AttentionBackend.store`."""
+        store_kv_torch(k, v, k_cache, v_cache, slot_mapping)
+
+    def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: TorchPlan) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        out = torch.empty_like(q)
+        for group in plan.decodes:
+            out[group.rows] = paged_decode_torch(q[group.rows], k_cache, v_cache, group.slots, group.mask, self.scale)
+        for start, end, slots in plan.prefills:
+            out[start:end] = paged_prefill_torch(q[start:end], k_cache, v_cache, slots, self.scale)
+        return out
+
+
+BACKENDS: dict[str, type[AttentionBackend]] = {"torch": TorchBackend}
+
+
+def select_backend(name: str) -> type[AttentionBackend]:
+    """The backend called `name`; "auto" takes the fastest there is.
+
+    Raises:
+        UserError: a backend this installation does not have.
+    """
+    if name == "auto":
+        return TorchBackend
+    if name not in BACKENDS:
+        raise UserError(
+            f"attention_backend={name!r} is not available here; available: {', '.join(sorted(BACKENDS))}; use auto"
+        )
+    return BACKENDS[name]
+
+
+class Attention(nn.Module):
+    """One layer's cache and its use. The runner sets `k_cache` and `v_cache` [N, P, Hkv, D] after sizing the pool."""
+
+    def __init__(self, backend: AttentionBackend) -> None:
+        super().__init__()
+        self.backend = backend
+        self.k_cache = torch.empty(0)
+        self.v_cache = torch.empty(0)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """`q` [T, Hq, D], `k` and `v` [T, Hkv, D] of the new tokens -> [T, Hq * D]."""
+        self.backend.store(k, v, self.k_cache, self.v_cache, context.slot_mapping)
+        return self.backend.attend(q, self.k_cache, self.v_cache, context.attention_plan).flatten(1)

@@ -1,0 +1,44 @@
+"""Token embedding and output head, both with the vocabulary sharded over ranks (padded to a multiple of the rank count)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nanovllm.layers.parallel import TensorParallel
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of the embedding of this rank's part of the vocabulary; rows past the vocabulary's end are zero."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.vocab_size = vocab_size
+        self.rows = -(-vocab_size // tp.size)
+        self.start = self.rows * tp.rank
+        self.weight = nn.Parameter(torch.zeros(self.rows, hidden_size), requires_grad=False)
+        self.weight.weight_loader = self.load
+
+    def load(self, param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
+        """Copy this rank's rows."""
+        rows = tensor[self.start : self.start + self.rows]
+        param.data[: len(rows)].copy_(rows)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[T] token ids -> [T, hidden_size]."""
+        if self.tp.size == 1:
+            return F.embedding(token_ids, self.weight)
+        local = token_ids - self.start
+        mine = (local >= 0) & (local < self.rows)
+        hidden = F.embedding(local.clamp(0, self.rows - 1), self.weight) * mine.unsqueeze(-1)
+        return self.tp.all_reduce(hidden)
+
+
+class ParallelLMHead(VocabParallelEmbedding):
+    """The output projection; holds its own weight, or the embedding's where the two are tied."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S, hidden_size] -> logits [S, vocab_size], whole on every rank."""
+        return self.tp.all_gather_last(F.linear(hidden, self.weight))[:, : self.vocab_size]

@@ -1,0 +1,101 @@
+"""LLM: the offline front door. `LLM(model).generate(prompts, SamplingParams(...))`, as nano-vllm and vLLM programs have it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sized
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from nanovllm.engine.llm_engine import LLMEngine, Prompt
+from nanovllm.errors import UserError
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+Message = dict[str, Any]
+
+
+class LLM(LLMEngine):
+    """An engine with a batch interface. See `LLMEngine` for the arguments and errors."""
+
+    def generate(
+        self,
+        prompts: Prompt | Sized[Prompt],
+        sampling_params: SamplingParams | Sized[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate for every prompt; outputs stand in the order of the prompts.
+
+        Args:
+            prompts: strings and lists of token ids, mixed freely; a single string is one prompt.
+            sampling_params: one for all prompts, or one each; the default is `SamplingParams()`.
+            use_tqdm: show progress and tokens a second.
+
+        Returns:
+            One `RequestOutput` a prompt. A prompt that cannot run has `finish_reason` "error" and a message in `error`.
+
+        Raises:
+            UserError: not as many sampling parameters as prompts.
+            EngineDeadError: a rank died.
+        """
+        prompt_list: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)  # type: ignore[arg-type]
+        params = _one_each(sampling_params, len(prompt_list))
+        outputs: list[RequestOutput | None] = [None] * len(prompt_list)
+        indices: dict[int, int] = {}
+        progress = tqdm(total=len(prompt_list), desc="Generating", dynamic_ncols=True, disable=not use_tqdm)
+        for index, (prompt, param) in enumerate(zip(prompt_list, params, strict=True)):
+            seq = self.make_sequence(prompt, param)
+            if isinstance(seq, dict):
+                outputs[index] = seq
+                progress.update()
+            else:
+                indices[seq.seq_id] = index
+                self.add(seq)
+        start = self.generated_tokens
+        while self.has_work:
+            for seq, output in self.step():
+                outputs[indices[seq.seq_id]] = output
+                progress.update()
+            elapsed = progress.format_dict["elapsed"]
+            if use_tqdm and elapsed:
+                progress.set_postfix_str(f"{(self.generated_tokens - start) / elapsed:.0f} output tok/s", refresh=False)
+        progress.close()
+        return [output for output in outputs if output is not None]
+
+    def chat(
+        self,
+        messages: list[Message] | list[list[Message]],
+        sampling_params: SamplingParams | Sized[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **chat_template_kwargs: Any,
+    ) -> list[RequestOutput]:
+        """Generate the next turn of one or several conversations through the model's chat template.
+
+        Args:
+            messages: a conversation (list of {"role", "content"}) or a list of them.
+            chat_template_kwargs: passed to the template, for example `enable_thinking=False`.
+
+        Raises:
+            UserError: the model has no tokenizer or no chat template.
+        """
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise UserError(f"{self.config.model} has no chat template; render the prompts yourself and call generate")
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [
+            # The template writes the special tokens; encoding its text again would add some twice.
+            self.tokenizer.apply_chat_template(
+                conversation, tokenize=True, return_dict=False, add_generation_prompt=True, **chat_template_kwargs
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+
+def _one_each(params: SamplingParams | Sized[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise UserError(f"{len(params)} sampling_params for {count} prompts; give one, or as many as prompts")
+    return list(params)

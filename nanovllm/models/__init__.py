@@ -1,0 +1,1 @@
+"""Model families, their configuration and the registry that finds them by architecture name."""

@@ -1,0 +1,159 @@
+"""The decoder-only transformer all families here share; a family's file says only where it differs.
+
+Shapes: T tokens of the step (all sequences, flat), H hidden size, S sequences that sample in this step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.attention import Attention, AttentionBackend
+from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear, qkv_parallel_linear
+from nanovllm.layers.parallel import TensorParallel
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.models.config import ModelConfig
+from nanovllm.utils.context import ForwardContext
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions, biases and query/key norms as the family has them."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: TensorParallel,
+        backend: AttentionBackend,
+        rotary: RotaryEmbedding,
+        *,
+        qkv_bias: bool,
+        output_bias: bool,
+        qk_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_size = tp.shard(config.num_heads) * config.head_dim
+        self.kv_size = max(1, config.num_kv_heads // tp.size) * config.head_dim
+        self.qkv_proj = qkv_parallel_linear(
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, qkv_bias, tp
+        )
+        self.o_proj = RowParallelLinear(config.num_heads * config.head_dim, config.hidden_size, output_bias, tp)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
+        self.rotary = rotary
+        self.attn = Attention(backend)
+
+    def forward(self, positions: torch.Tensor, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """[T, H] -> [T, H]."""
+        q, k, v = self.qkv_proj(hidden).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
+        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim)))
+        k = self.k_norm(k.unflatten(-1, (-1, self.head_dim)))
+        q, k = self.rotary(positions, q, k)
+        out: torch.Tensor = self.o_proj(self.attn(q, k, v.unflatten(-1, (-1, self.head_dim)), context))
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward block."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        rows = tp.shard(config.intermediate_size)
+        parts = {"gate": (rows, tp.rank), "up": (rows, tp.rank)}
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, config.mlp_bias)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, config.mlp_bias, tp)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, H] -> [T, H]."""
+        out: torch.Tensor = self.down_proj(silu_and_mul(self.gate_up_proj(hidden)))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward blocks; the residual travels beside the hidden states."""
+
+    def __init__(self, config: ModelConfig, attention: SelfAttention, tp: TensorParallel) -> None:
+        super().__init__()
+        self.self_attn = attention
+        self.mlp = MLP(config, tp)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, context: ForwardContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and residual, [T, H] each, after this layer."""
+        hidden, residual = self.input_layernorm.add_norm(hidden, residual)
+        hidden = self.self_attn(positions, hidden, context)
+        hidden, residual = self.post_attention_layernorm.add_norm(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: ModelConfig, attentions: list[SelfAttention], tp: TensorParallel) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.layers = nn.ModuleList(DecoderLayer(config, attention, tp) for attention in attentions)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """[T] token ids and positions -> [T, H]."""
+        hidden, residual = self.embed_tokens(token_ids), None
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual, context)
+        hidden, _ = self.norm.add_norm(hidden, residual)
+        return hidden
+
+
+class CausalLM(nn.Module, ABC):
+    """A whole model of one rank. Families subclass it and say which attention they have.
+
+    Args:
+        config: shapes of the unsharded model.
+        tp: this rank's place among the tensor-parallel ranks.
+        backend: the attention implementation, shared by all layers.
+        max_position: positions the rotary table holds (the engine's `max_model_len`).
+    """
+
+    # Checkpoint name of a part of a fused layer -> the fused parameter's name and the part's name inside it.
+    packed_modules: ClassVar[dict[str, tuple[str, str]]] = {
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", "gate"),
+        "up_proj": ("gate_up_proj", "up"),
+    }
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, backend: AttentionBackend, max_position: int) -> None:
+        super().__init__()
+        rotary = RotaryEmbedding(config.rope, config.head_dim, max_position)
+        attentions = [self.make_attention(config, tp, backend, rotary) for _ in range(config.num_layers)]
+        self.model = Decoder(config, attentions, tp)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @staticmethod
+    @abstractmethod
+    def make_attention(
+        config: ModelConfig, tp: TensorParallel, backend: AttentionBackend, rotary: RotaryEmbedding
+    ) -> SelfAttention:
+        """One layer's attention as this family has it."""
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """[T] token ids and positions -> hidden states [T, H]."""
+        hidden: torch.Tensor = self.model(token_ids, positions, context)
+        return hidden
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S, H] -> [S, vocab_size]."""
+        logits: torch.Tensor = self.lm_head(hidden)
+        return logits

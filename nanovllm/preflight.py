@@ -1,0 +1,57 @@
+"""Everything about a model that can be refused before an engine loads: called by engines, and by the pipeline's driver."""
+
+from __future__ import annotations
+
+from nanovllm.config import EngineConfig
+from nanovllm.errors import UserError
+from nanovllm.models.config import ModelConfig
+from nanovllm.models.registry import ARCHITECTURES
+from nanovllm.utils.hub import resolve_model
+
+
+def check_model(config: EngineConfig) -> ModelConfig:
+    """Check model files and shapes against `config` in a few seconds, reading headers only; needs no GPU.
+
+    Raises:
+        UserError: one line about the first thing that would keep the engine from starting.
+    """
+    model_dir = resolve_model(config.model)
+    model_config = ModelConfig.from_dir(model_dir, ARCHITECTURES)
+    check_tensor_parallel(model_config, config.tensor_parallel_size)
+    if config.load_format == "auto":
+        import torch
+
+        from nanovllm.layers.attention import TorchBackend
+        from nanovllm.layers.parallel import TensorParallel
+        from nanovllm.utils.loader import check_checkpoint, checkpoint_files
+
+        checkpoint_files(model_dir)
+        with torch.device("meta"):
+            model_class = ARCHITECTURES[model_config.architecture].load()
+            model = model_class(model_config, TensorParallel(), TorchBackend(1.0), max_position=1)
+        check_checkpoint(model_dir, model)
+    return model_config
+
+
+def check_tensor_parallel(model: ModelConfig, size: int) -> None:
+    """Refuse a rank count that does not divide the model's heads and widths.
+
+    Raises:
+        UserError: naming the number that does not divide.
+    """
+    for what, number in (("attention heads", model.num_heads), ("feed-forward features", model.intermediate_size)):
+        if number % size:
+            raise UserError(
+                f"tensor_parallel_size={size} does not divide the model's {number} {what}; "
+                f"use {_divisors(model.num_heads, model.intermediate_size)}"
+            )
+    if model.num_kv_heads % size and size % model.num_kv_heads:
+        raise UserError(
+            f"tensor_parallel_size={size} neither divides the model's {model.num_kv_heads} KV heads nor is a multiple of them"
+        )
+
+
+def _divisors(*numbers: int) -> str:
+    return ", ".join(
+        str(n) for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers) and n <= 64
+    )

@@ -1,0 +1,1 @@
+"""Loading, forward context and validation helpers."""
