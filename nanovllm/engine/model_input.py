@@ -13,7 +13,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class ModelInput(NamedTuple):
-    """T new tokens of B sequences, those with a single new token first; S of the sequences sample.
+    """T new tokens of B sequences, ordered by `order_batch`; S of the sequences sample.
 
     Attributes:
         token_ids, positions, slot_mapping: [T] of the new tokens.
@@ -38,8 +38,8 @@ class ModelInput(NamedTuple):
 
 
 def order_batch(batch: list[ScheduledSequence]) -> list[ScheduledSequence]:
-    """Sequences with one new token first, as attention wants them; the order is otherwise kept."""
-    return sorted(batch, key=lambda item: item.num_tokens != 1)
+    """Sequences with one new token first, the longest context first among them; prefill chunks keep their order."""
+    return sorted(batch, key=lambda item: -item.start if item.num_tokens == 1 else 1)
 
 
 def build_model_input(batch: list[ScheduledSequence], block_size: int) -> ModelInput:

@@ -7,7 +7,6 @@ keys and values and attend over the cache.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from nanovllm.utils.context import ForwardContext
 
 
 class AttentionBatch(NamedTuple):
-    """One step's sequences, the `num_decodes` with a single new token first; B sequences in all.
+    """One step's B sequences, the `num_decodes` with a single new token first, longest context first among them.
 
     Attributes:
         query_lens: new tokens of each sequence; context_lens: its tokens in the cache after this step, on the host.
@@ -55,19 +54,20 @@ class AttentionBackend(ABC):
         """`q` [T, Hq, D] over the caches -> [T, Hq, D]; decodes' rows first, then the prefill chunks' rows."""
 
 
-@dataclass(frozen=True)
-class _DecodeGroup:
-    rows: torch.Tensor
+class _Span(NamedTuple):
+    """Rows `start` to `end` of the step attend to `slots`: [B, S] and `mask` for decodes, [S] for one prefill chunk."""
+
+    start: int
+    end: int
     slots: torch.Tensor
-    mask: torch.Tensor | None
+    mask: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class TorchPlan:
-    """Decodes grouped by similar context length, and (first row, last row, slots) of every prefill chunk."""
+class TorchPlan(NamedTuple):
+    """Decodes grouped by similar context length, and every prefill chunk."""
 
-    decodes: list[_DecodeGroup]
-    prefills: list[tuple[int, int, torch.Tensor]]
+    decodes: list[_Span]
+    prefills: list[_Span]
 
 
 class TorchBackend(AttentionBackend):
@@ -78,33 +78,32 @@ class TorchBackend(AttentionBackend):
 
     def plan(self, batch: AttentionBatch) -> TorchPlan:
         """See `AttentionBackend.plan`."""
-        device = batch.block_tables.device
-        order = sorted(range(batch.num_decodes), key=lambda i: batch.context_lens[i])
-        groups: list[_DecodeGroup] = []
-        end = len(order)
-        while end > 0:
-            longest = batch.context_lens[order[end - 1]]
-            start = end - 1
-            while start > 0 and batch.context_lens[order[start - 1]] >= self.min_fill * longest:
-                start -= 1
-            groups.append(self._group(batch, order[start:end], longest, device))
-            end = start
-        prefills: list[tuple[int, int, torch.Tensor]] = []
-        row = batch.num_decodes
+        decodes: list[_Span] = []
+        start = 0
+        while start < batch.num_decodes:
+            longest = batch.context_lens[start]
+            end = start + 1
+            while end < batch.num_decodes and batch.context_lens[end] >= self.min_fill * longest:
+                end += 1
+            decodes.append(self._decode_span(batch, start, end))
+            start = end
+        prefills: list[_Span] = []
         for i in range(batch.num_decodes, len(batch.query_lens)):
-            slots = context_slots(batch.block_tables[i : i + 1], batch.block_size, batch.context_lens[i])[0]
-            prefills.append((row, row + batch.query_lens[i], slots))
-            row += batch.query_lens[i]
-        return TorchPlan(groups, prefills)
+            end = start + batch.query_lens[i]
+            slots = context_slots(batch.block_tables[i : i + 1], batch.block_size, batch.context_lens[i])
+            prefills.append(_Span(start, end, slots[0]))
+            start = end
+        return TorchPlan(decodes, prefills)
 
     @staticmethod
-    def _group(batch: AttentionBatch, rows: list[int], longest: int, device: torch.device) -> _DecodeGroup:
-        index = torch.tensor(rows, device=device)
-        slots = context_slots(batch.block_tables[index], batch.block_size, longest)
-        lens = torch.tensor([batch.context_lens[i] for i in rows], device=device)
-        mask = torch.arange(longest, device=device) < lens[:, None]
-        # Padding reads slot 0, which is finite: an unwritten slot could hold what a mask cannot take back.
-        return _DecodeGroup(index, slots * mask, None if bool(mask.all()) else mask)
+    def _decode_span(batch: AttentionBatch, start: int, end: int) -> _Span:
+        lens = batch.context_lens[start:end]
+        slots = context_slots(batch.block_tables[start:end], batch.block_size, lens[0])
+        if lens[-1] == lens[0]:
+            return _Span(start, end, slots)
+        device = slots.device
+        mask = torch.arange(lens[0], device=device) < torch.tensor(lens, device=device)[:, None]
+        return _Span(start, end, slots, mask)
 
     def store(
         self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -115,9 +114,9 @@ class TorchBackend(AttentionBackend):
     def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: TorchPlan) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
         out = torch.empty_like(q)
-        for group in plan.decodes:
-            out[group.rows] = paged_decode_torch(q[group.rows], k_cache, v_cache, group.slots, group.mask, self.scale)
-        for start, end, slots in plan.prefills:
+        for start, end, slots, mask in plan.decodes:
+            out[start:end] = paged_decode_torch(q[start:end], k_cache, v_cache, slots, mask, self.scale)
+        for start, end, slots, _ in plan.prefills:
             out[start:end] = paged_prefill_torch(q[start:end], k_cache, v_cache, slots, self.scale)
         return out
 

@@ -32,8 +32,8 @@ def gumbel_noise(seeds: torch.Tensor, steps: torch.Tensor, vocab_size: int) -> t
     key = _mix(low ^ _mix(high ^ _mix(steps.to(torch.int32))))
     ids = _mix(torch.arange(1, vocab_size + 1, dtype=torch.int32, device=seeds.device))
     bits = _mix(key.unsqueeze(1) ^ ids)
-    # 24 random bits, centred in their interval: never 0 or 1, so both logarithms are finite.
-    uniform = ((bits >> 8) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+    # 23 random bits, centred in their interval: exact in float32 and never 0 or 1, so both logarithms are finite.
+    uniform = ((bits >> 9) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
     return uniform.log_().neg_().log_().neg_()
 
 

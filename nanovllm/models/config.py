@@ -72,7 +72,8 @@ class ModelConfig:
                 f"known: {', '.join(sorted(known_architectures))}; use a model of one of these"
             )
         defaults = known_architectures[name].config_defaults
-        config = {**defaults, **{k: v for k, v in config.items() if v is not None}}
+        # A null size means the family's own; a null end-of-sequence id means that there is none.
+        config = {**defaults, **{k: v for k, v in config.items() if v is not None or k == "eos_token_id"}}
         try:
             return cls._from_json(name, config, model_dir)
         except KeyError as error:

@@ -1,0 +1,40 @@
+# Two commands on a fresh clone: `make demo` and `make test`. Each makes its own environment in .venv first.
+#   PYTHON=python3.12 make test     another interpreter
+#   EXTRAS=dev CONSTRAINTS= make test     on a GPU machine: torch as pip finds it
+
+PYTHON ?= python3
+VENV ?= .venv
+# Without a GPU the constraints file pins torch's CPU build.
+CONSTRAINTS ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints.txt)
+BIN := $(VENV)/bin
+export RAY_USAGE_STATS_ENABLED = 0
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python pipelines/generate.py --demo
+
+test: $(VENV)/.installed-dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python bench/compare_hf.py --save compare_hf
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) demo_output build *.egg-info
