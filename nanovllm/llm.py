@@ -8,7 +8,6 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from nanovllm.engine.llm_engine import LLMEngine, Prompt
-from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import UserError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -42,32 +41,30 @@ class LLM(LLMEngine):
         prompt_list: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)  # type: ignore[arg-type]
         params = _one_each(sampling_params, len(prompt_list))
         outputs: list[RequestOutput | None] = [None] * len(prompt_list)
-        in_flight: dict[int, tuple[int, Sequence]] = {}
+        indices: dict[int, int] = {}
         progress = tqdm(total=len(prompt_list), desc="Generating", dynamic_ncols=True, disable=not use_tqdm)
-        for index, (prompt, param) in enumerate(zip(prompt_list, params, strict=True)):
-            seq = self.make_sequence(prompt, param)
-            if isinstance(seq, dict):
-                outputs[index] = seq
-                progress.update()
-            else:
-                in_flight[seq.seq_id] = (index, seq)
-                self.add(seq)
         start = self.generated_tokens
         try:
-            while in_flight:
+            for index, (prompt, param) in enumerate(zip(prompt_list, params, strict=True)):
+                seq = self.make_sequence(prompt, param)
+                if isinstance(seq, dict):
+                    outputs[index] = seq
+                    progress.update()
+                else:
+                    indices[seq.seq_id] = index
+                    self.add(seq)
+            while self.has_work:
                 for seq, output in self.step():
-                    index, _ = in_flight.pop(seq.seq_id)
-                    outputs[index] = output
+                    outputs[indices[seq.seq_id]] = output
                     progress.update()
                 elapsed = progress.format_dict["elapsed"]
                 if use_tqdm and elapsed:
-                    progress.set_postfix_str(
-                        f"{(self.generated_tokens - start) / elapsed:.0f} output tok/s", refresh=False
-                    )
+                    rate = (self.generated_tokens - start) / elapsed
+                    progress.set_postfix_str(f"{rate:.0f} output tok/s", refresh=False)
+        except BaseException:  # Ctrl-C too: the next call must find nothing of this one
+            self.abandon()
+            raise
         finally:
-            # Left over only where Ctrl-C or an error ended the loop: the next call must not find them.
-            for _, seq in in_flight.values():
-                self.abort(seq)
             progress.close()
         return [output for output in outputs if output is not None]
 

@@ -28,7 +28,7 @@ def check_model(config: EngineConfig) -> ModelConfig:
         checkpoint_files(model_dir)
         with torch.device("meta"):
             model_class = ARCHITECTURES[model_config.architecture].load()
-            model = model_class(model_config, TensorParallel(), TorchBackend(1.0), max_position=1)
+            model = model_class(model_config, TensorParallel(), TorchBackend(1, 1, 1), max_position=1)
         check_checkpoint(model_dir, model)
     return model_config
 

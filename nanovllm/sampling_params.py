@@ -3,9 +3,10 @@ row with bad parameters becomes one error row and never an exception that takes 
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 
 @dataclass(slots=True)
@@ -40,7 +41,7 @@ class SamplingParams:
     def problem(self) -> str | None:
         """What is wrong with these parameters, in one line, or None where nothing is."""
         temperature = self.temperature
-        if not _is_number(temperature) or not math.isfinite(temperature) or temperature < 0:
+        if not _is_number(temperature) or not 0 <= temperature <= sys.float_info.max:
             return f"temperature={temperature!r}: must be a finite number of 0 (greedy) or more"
         if not _is_int(self.max_tokens) or self.max_tokens < 1:
             return f"max_tokens={self.max_tokens!r}: must be a whole number of 1 or more"
@@ -50,14 +51,16 @@ class SamplingParams:
             return f"stop={self.stop!r}: must be a string or a list of strings"
         if not all(isinstance(s, str) and s for s in self.stop_strings):
             return f"stop={self.stop!r}: every stop must be a string that is not empty"
-        if not all(_is_int(t) and t >= 0 for t in self.stop_token_ids or ()):
+        stop_token_ids = () if self.stop_token_ids is None else self.stop_token_ids
+        if not isinstance(stop_token_ids, Sequence) or not all(_is_int(t) and t >= 0 for t in stop_token_ids):
             return f"stop_token_ids={self.stop_token_ids!r}: must be a list of token ids"
         return None
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    # Integral and Real take numpy's scalars too: a row of a table often holds those.
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from collections.abc import Sequence as Sized
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
@@ -57,11 +59,7 @@ class LLMEngine:
         self.max_model_len = min(self.config.max_model_len, positions)
         self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(self.config)
         self.executor = create_executor(self.config, self.model_config, self.max_model_len)
-        self.block_manager = BlockManager(
-            self.executor.num_kvcache_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
-        )
-        self.scheduler = Scheduler(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.block_manager)
-        self.output_processor = OutputProcessor(self.tokenizer, self.model_config.eos_token_ids)
+        self._start_empty()
         self.counter = itertools.count()
         self.steps = self.prompt_tokens = self.generated_tokens = self.cached_tokens = 0
 
@@ -85,9 +83,14 @@ class LLMEngine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 return error_output("the model has no tokenizer; give the prompt as token ids")
-            token_ids = self.encode(prompt)
-        else:
+            try:
+                token_ids = self.encode(prompt)
+            except Exception as error:  # the tokenizer's own: a lone surrogate is no text
+                return error_output(f"the prompt cannot be tokenized: {error}")
+        elif isinstance(prompt, Iterable):
             token_ids = list(prompt)
+        else:
+            return error_output(f"the prompt is {prompt!r}; it must be a string or a list of token ids")
         problem = self._prompt_problem(token_ids) or self._params_problem(params)
         if problem:
             return error_output(problem, len(token_ids))
@@ -151,6 +154,23 @@ class LLMEngine:
         """Free the model and end its child processes."""
         self.executor.shutdown()
 
+    def abandon(self) -> None:
+        """Drop everything in flight, after an exception (Ctrl-C, say) cut a step short.
+
+        The prefix cache goes too: it may promise blocks that were never computed. Several ranks end: they may be in the
+        middle of a step, and their next answer would be taken for that of another.
+        """
+        if self.config.tensor_parallel_size > 1:
+            self.exit()
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self.block_manager = BlockManager(
+            self.executor.num_kvcache_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.block_manager)
+        self.output_processor = OutputProcessor(self.tokenizer, self.model_config.eos_token_ids)
+
     @property
     def _pool_tokens(self) -> int:
         return len(self.block_manager.blocks) * self.config.kvcache_block_size
@@ -159,9 +179,9 @@ class LLMEngine:
         if not token_ids:
             return "the prompt is empty; it must have at least one token"
         vocab_size = self.model_config.vocab_size
-        wrong = next((t for t in token_ids if not isinstance(t, int) or not 0 <= t < vocab_size), None)
-        if wrong is not None:
-            return f"the prompt holds {wrong!r}, which is not a token id of this model (0 to {vocab_size - 1})"
+        wrong = [t for t in token_ids if not isinstance(t, (int, Integral)) or not 0 <= t < vocab_size]
+        if wrong:
+            return f"the prompt holds {wrong[0]!r}, which is not a token id of this model (0 to {vocab_size - 1})"
         if len(token_ids) >= self.max_model_len:
             return (
                 f"the prompt has {len(token_ids)} tokens, the most is {self.max_model_len - 1} "

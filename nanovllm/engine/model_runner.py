@@ -72,7 +72,8 @@ class ModelRunner:
         self.device = resolve_device(config, tp.rank)
         self.dtype = resolve_dtype(config, model_config, self.device)
         backend_class = select_backend(config.attention_backend)
-        self.backend = backend_class(model_config.head_dim**-0.5)
+        self.num_kv_heads = max(1, model_config.num_kv_heads // tp.size)
+        self.backend = backend_class(tp.shard(model_config.num_heads), self.num_kv_heads, model_config.head_dim)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         with _default_dtype(self.dtype), self.device:
@@ -83,7 +84,6 @@ class ModelRunner:
         else:
             load_model(self.model, resolve_model(config.model))
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
-        self.num_kv_heads = max(1, model_config.num_kv_heads // tp.size)
 
     @property
     def block_bytes(self) -> int:

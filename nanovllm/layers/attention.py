@@ -34,10 +34,13 @@ class AttentionBatch(NamedTuple):
 
 
 class AttentionBackend(ABC):
-    """Attention over the paged cache of one model (Hq query heads, Hkv KV heads, D head dim of this rank)."""
+    """Attention over the paged cache of one model; the head counts (Hq, Hkv) are this rank's, D is `head_dim`."""
 
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5
 
     @abstractmethod
     def plan(self, batch: AttentionBatch) -> Any:
@@ -75,6 +78,8 @@ class TorchBackend(AttentionBackend):
 
     # A group's shortest context is at least this part of its longest, which bounds the padding read for nothing.
     min_fill = 0.7
+    # On a CPU a group's keys, copied together, stay within a core's cache until they are used: 1.5x in bench/NOTES.md.
+    max_group_elements = 1 << 19
 
     def plan(self, batch: AttentionBatch) -> TorchPlan:
         """See `AttentionBackend.plan`."""
@@ -83,7 +88,8 @@ class TorchBackend(AttentionBackend):
         while start < batch.num_decodes:
             longest = batch.context_lens[start]
             end = start + 1
-            while end < batch.num_decodes and batch.context_lens[end] >= self.min_fill * longest:
+            most = min(batch.num_decodes, start + max(1, self._max_group_rows(batch, longest)))
+            while end < most and batch.context_lens[end] >= self.min_fill * longest:
                 end += 1
             decodes.append(self._decode_span(batch, start, end))
             start = end
@@ -94,6 +100,11 @@ class TorchBackend(AttentionBackend):
             prefills.append(_Span(start, end, slots[0]))
             start = end
         return TorchPlan(decodes, prefills)
+
+    def _max_group_rows(self, batch: AttentionBatch, longest: int) -> int:
+        if batch.block_tables.device.type != "cpu":
+            return batch.num_decodes
+        return self.max_group_elements // (longest * self.num_kv_heads * self.head_dim)
 
     @staticmethod
     def _decode_span(batch: AttentionBatch, start: int, end: int) -> _Span:

@@ -21,7 +21,8 @@ def sample(logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor
         [S] int64 token ids: argmax(logits / temperature + Gumbel noise), distributed as softmax(logits / temperature).
     """
     greedy = (temperatures == 0).unsqueeze(1)
-    scaled = logits.float() / torch.where(greedy, 1.0, temperatures.unsqueeze(1))
+    # So low that it is greedy already; a lower one would overflow to several infinities.
+    scaled = logits.float() / torch.where(greedy, 1.0, temperatures.clamp(min=1e-20).unsqueeze(1))
     noise = gumbel_noise(seeds, steps, logits.shape[1])
     return torch.where(greedy, scaled, scaled + noise).argmax(dim=-1)
 
@@ -29,7 +30,8 @@ def sample(logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor
 def gumbel_noise(seeds: torch.Tensor, steps: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Standard Gumbel noise [S, vocab_size] in float32; row i is a function of `seeds[i]` and `steps[i]` alone."""
     high, low = (seeds >> 32).to(torch.int32), (seeds & 0xFFFFFFFF).to(torch.int32)
-    key = _mix(low ^ _mix(high ^ _mix(steps.to(torch.int32))))
+    # One is added to the step as to the ids: zero is the hash's fixed point, and would make a small seed its own key.
+    key = _mix(low ^ _mix(high ^ _mix(steps.to(torch.int32) + 1)))
     ids = _mix(torch.arange(1, vocab_size + 1, dtype=torch.int32, device=seeds.device))
     bits = _mix(key.unsqueeze(1) ^ ids)
     # 23 random bits, centred in their interval: exact in float32 and never 0 or 1, so both logarithms are finite.
