@@ -3,7 +3,7 @@ row with bad parameters becomes one error row and never an exception that takes 
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -41,7 +41,7 @@ class SamplingParams:
     def problem(self) -> str | None:
         """What is wrong with these parameters, in one line, or None where nothing is."""
         temperature = self.temperature
-        if not _is_number(temperature) or not 0 <= temperature <= sys.float_info.max:
+        if not _is_number(temperature) or not _is_finite(temperature) or temperature < 0:
             return f"temperature={temperature!r}: must be a finite number of 0 (greedy) or more"
         if not _is_int(self.max_tokens) or self.max_tokens < 1:
             return f"max_tokens={self.max_tokens!r}: must be a whole number of 1 or more"
@@ -60,6 +60,13 @@ class SamplingParams:
 def _is_int(value: object) -> bool:
     # Integral and Real take numpy's scalars too: a row of a table often holds those.
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number too large for a float
+        return False
 
 
 def _is_number(value: object) -> bool:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from abc import ABC, abstractmethod
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -174,11 +175,24 @@ class MultiprocExecutor(Executor):
         except (EOFError, OSError):
             raise self._dead(rank) from None
         if reply.error is not None:
+            killed = None if reply.user_error else self._killed_rank()
+            if killed is not None:
+                raise self._dead(killed)
             self._kill_all()
             if reply.user_error:
                 raise UserError(reply.error)
             raise EngineDeadError(f"tensor-parallel rank {rank} failed: {reply.error}")
         return reply.value
+
+    def _killed_rank(self) -> int | None:
+        """The rank that a signal ended, if any: the others' collectives fail with it, and may be the first to say so."""
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            for rank, process in enumerate(self.processes):
+                if (process.poll() or 0) < 0:
+                    return rank
+            time.sleep(0.01)
+        return None
 
     def _dead(self, rank: int) -> EngineDeadError:
         """What happened to `rank`; the other ranks are killed, since they may wait for it forever."""

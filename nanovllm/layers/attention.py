@@ -78,7 +78,7 @@ class TorchBackend(AttentionBackend):
 
     # A group's shortest context is at least this part of its longest, which bounds the padding read for nothing.
     min_fill = 0.7
-    # On a CPU a group's keys, copied together, stay within a core's cache until they are used: 1.5x in bench/NOTES.md.
+    # On a CPU a group's keys, copied together, stay within a core's cache until they are used (bench/NOTES.md).
     max_group_elements = 1 << 19
 
     def plan(self, batch: AttentionBatch) -> TorchPlan:

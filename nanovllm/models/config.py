@@ -14,7 +14,21 @@ from typing import Any
 
 from nanovllm.errors import UserError
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Kinds of rope scaling, and the numbers each must have.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class ModelConfig:
         """
         config = _read_json(model_dir / "config.json", required=True)
         names = config.get("architectures") or []
+        names = names if isinstance(names, list) else [names]
         name = next((n for n in names if n in known_architectures), None)
         if name is None:
             given = ", ".join(map(str, names)) or "none"
@@ -84,6 +99,7 @@ class ModelConfig:
     @classmethod
     def _from_json(cls, name: str, config: Mapping[str, Any], model_dir: Path) -> ModelConfig:
         _refuse_unsupported(config, model_dir)
+        _check_sizes(config, model_dir)
         num_heads = config["num_attention_heads"]
         return cls(
             architecture=name,
@@ -137,6 +153,12 @@ def _rope(config: Mapping[str, Any], model_dir: Path) -> RopeConfig:
         raise UserError(
             f"{model_dir / 'config.json'} asks for the rope type {kind!r}, which is not known; known: {', '.join(ROPE_TYPES)}"
         )
+    for key in ROPE_TYPES[kind]:
+        if not isinstance(scaling.get(key), (int, float)) or scaling[key] <= 0:
+            raise UserError(
+                f"{model_dir / 'config.json'} gives the rope type {kind!r} {key}={scaling.get(key)!r}; it must be a "
+                "number above 0; take the model's original file"
+            )
     if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError(
             f"{model_dir / 'config.json'} sets partial_rotary_factor, which is not supported; it must be 1.0"
@@ -144,6 +166,25 @@ def _rope(config: Mapping[str, Any], model_dir: Path) -> RopeConfig:
     if kind in ("llama3", "yarn"):
         scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
     return RopeConfig(theta=float(theta), type=kind, scaling=scaling)
+
+
+def _check_sizes(config: Mapping[str, Any], model_dir: Path) -> None:
+    """Refuse sizes no model can have, before they become an arithmetic error somewhere else."""
+    optional = [key for key in ("num_key_value_heads", "head_dim") if key in config]
+    for key in [*_SIZES, *optional]:
+        if type(config[key]) is not int or config[key] < 1:
+            raise UserError(
+                f"{model_dir / 'config.json'} gives {key}={config[key]!r}; it must be a whole number of 1 or more"
+            )
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
+    if heads % kv_heads:
+        raise UserError(
+            f"{model_dir / 'config.json'} gives num_key_value_heads={kv_heads}, which does not divide "
+            f"num_attention_heads={heads}"
+        )
+    head_dim = config.get("head_dim", config["hidden_size"] // heads)
+    if head_dim % 2 or head_dim < 1:
+        raise UserError(f"{model_dir / 'config.json'} gives head_dim={head_dim}; it must be even")
 
 
 def _refuse_unsupported(config: Mapping[str, Any], model_dir: Path) -> None:

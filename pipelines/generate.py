@@ -1,0 +1,566 @@
+"""The job: generate text for every row of a dataset, every row exactly once, however often it is killed.
+
+    python pipelines/generate.py --model M --input IN --output OUT [--config job.yaml] [section.key=value ...]
+    ray job submit --working-dir . -- python pipelines/generate.py ...
+
+Exit status: 0 finished; 1 ran and failed, start it again to go on; 2 refused, with one line on stderr saying why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+if __name__ == "__main__":  # run as a script: the repository is the root of imports, not its pipelines/ folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import pyarrow as pa
+
+from nanovllm import UserError
+from pipelines.commit import JobFile, OutputDirectory, RecordLog, output_schema, read_records
+from pipelines.counts import COUNTED, Counts, count_rows
+from pipelines.inputs import Dataset, list_dataset, measure, read_rows
+from pipelines.job import Command, JobConfig, load
+from pipelines.plan import Identity, Shard, differences, identity, make_shards
+from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
+from pipelines.prompts import RowError, check_column, render
+from pipelines.report import build_report, to_html, to_json
+from pipelines.rows import check_names
+from pipelines.storage import exists, resolve
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    from pipelines.worker import ShardResult
+
+REPOSITORY = str(Path(__file__).resolve().parent.parent)
+STOP_S = 10.0  # how long a stopped job waits for its workers to flush
+INIT_RETRIES = 2
+
+
+class JobFailed(Exception):
+    """The job ran and did not finish; the message is one line."""
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C. Not an `Exception`, so that nothing on the way swallows it."""
+
+
+class Job(NamedTuple):
+    """A job that passed every check that needs no Ray."""
+
+    config: JobConfig
+    dataset: Dataset
+    identity: Identity
+    schema: pa.Schema
+    shards: list[Shard]
+    owner: JobFile | None  # the job's mark in the output directory; None where this is its first start
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    try:
+        command = load(sys.argv[1:] if arguments is None else arguments)
+        if command.print_config:
+            print(command.config.as_yaml(), end="")
+            return 0
+        return _run(command)
+    except UserError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except (JobFailed, OSError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except (Stopped, KeyboardInterrupt):
+        print("error: stopped; start the same command again to go on", file=sys.stderr)
+        return 1
+
+
+def _run(command: Command) -> int:
+    config = command.config
+    output = OutputDirectory(config.output)
+    try:
+        job = check(config, output)
+    except OSError as error:
+        raise UserError(f"input or output cannot be reached: {_one_line(error)}") from None
+    if command.dry_run:
+        _check_model(config)
+        _show_plan(job)
+        return 0
+    if job.owner is not None and output.succeeded():
+        print(f"already finished: {sum(shard.rows for shard in job.shards):,} rows in {config.output}; nothing to do")
+    else:
+        _check_model(config)
+        run_job(job, output)
+    if command.demo:
+        _show_demo(output, config, job.shards)
+    return 0
+
+
+# Checks: all that can be refused is refused here
+
+
+def check(config: JobConfig, output: OutputDirectory) -> Job:
+    """List the input, look at the output directory, and make or load the plan. Writes nothing.
+
+    Raises:
+        UserError: one line about the first thing that is wrong.
+    """
+    dataset = list_dataset(config.input)
+    _check_apart(config, dataset, output)
+    owner = output.job()
+    now = identity(config, dataset)
+    if owner is not None:
+        differing = differences(owner.identity, json.loads(json.dumps(now)))
+        if differing:
+            more = f" (and {len(differing) - 1} more differences)" if len(differing) > 1 else ""
+            raise UserError(
+                f"output {config.output!r} belongs to another job: {differing[0]}{more}; "
+                "give a new output directory, or the settings it was begun with"
+            )
+        return Job(config, dataset, now, owner.schema, output.shards(), owner)
+    schema, facts = measure(dataset)
+    check_column(schema, config.prompt)
+    check_names(output_schema(schema, config.columns.keep).names, config.columns)
+    return Job(config, dataset, now, schema, make_shards(config, dataset.files, facts), None)
+
+
+def _check_apart(config: JobConfig, dataset: Dataset, output: OutputDirectory) -> None:
+    """Refuse an output among the input files, which the next start would take for input."""
+    inside = [file.path for file in dataset.files if output.place.contains(dataset.root.child(file.path))]
+    if inside:
+        raise UserError(
+            f"output {config.output!r} holds the input file {inside[0]!r}; give an output directory of its own"
+        )
+    given = resolve(config.input)
+    if given.contains(output.place):
+        raise UserError(f"output {config.output!r} is inside the input {config.input!r}; give a directory outside it")
+
+
+def _check_model(config: JobConfig) -> None:
+    """Refuse a model that no engine could load. Imports torch, so it comes after what is cheaper."""
+    from nanovllm.preflight import check_model
+    from nanovllm.utils.tokenizer import load_tokenizer
+
+    model = check_model(config.engine)
+    if load_tokenizer(config.engine) is None:
+        raise UserError(f"model {config.model!r} has no tokenizer; put its tokenizer.json into the directory")
+    longest = min(config.engine.max_model_len, model.rope.max_position(model.max_position_embeddings))
+    if config.prompt.too_long != "error" and config.sampling.max_tokens >= longest:
+        raise UserError(
+            f"sampling.max_tokens={config.sampling.max_tokens} leaves no room for a prompt in {longest} tokens, to which "
+            f"prompt.too_long={config.prompt.too_long} would cut it; lower it or raise engine.max_model_len"
+        )
+
+
+def _show_plan(job: Job) -> None:
+    """What `--dry-run` prints: the plan, and the first prompts with their length in tokens."""
+    from nanovllm.utils.tokenizer import load_tokenizer
+
+    rows = sum(shard.rows for shard in job.shards)
+    print(f"input    {rows:,} rows in {len(job.dataset.files):,} {job.dataset.format} files")
+    print(f"output   {len(job.shards):,} files of up to {max(shard.rows for shard in job.shards):,} rows")
+    kept = output_schema(job.schema, job.config.columns.keep)
+    print(f"columns  {', '.join(f'{field.name} {field.type}' for field in kept)}")
+    first = job.shards[0]
+    wanted = first.row_range._replace(rows=min(3, first.rows)) if job.dataset.format == "parquet" else first.row_range
+    column = pa.schema([job.schema.field(job.config.prompt.column)])
+    try:
+        table = read_rows(job.dataset.root, job.dataset.format, wanted, column)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"input file {first.file!r} cannot be read: {_one_line(error)}") from None
+    tokenizer = load_tokenizer(job.config.engine)
+    assert tokenizer is not None  # _check_model has refused a model without one
+    for value in table[column.names[0]].to_pylist()[:3]:
+        try:
+            prompt = render(value)
+            print(f"prompt   {len(tokenizer.encode(prompt))} tokens: {prompt!r}")
+        except RowError as error:
+            print(f"prompt   an error row: {error}")
+    print("all checks passed; nothing was written and no engine was started")
+
+
+# The run
+
+
+def run_job(job: Job, output: OutputDirectory) -> None:
+    """Do the shards that are left, check the result, and write report and `_SUCCESS`.
+
+    Raises:
+        UserError: the cluster lacks what the job asks for, or the output cannot be written.
+        JobFailed: some shard or the whole job failed. What is committed stays; a new start does the rest.
+    """
+    committed = output.committed() if job.owner is not None else set()
+    pending = [shard for shard in job.shards if shard.index not in committed]
+    total_rows = sum(shard.rows for shard in job.shards)
+    resumed_rows = total_rows - sum(shard.rows for shard in pending)
+    progress = Progress(total_rows, resumed_rows, job.config.run.progress_s)
+    if not pending:
+        Run(job, output, None, (1, 1), 0, progress).finish(resumed_rows, total_rows)
+        return
+    if _ray_address() == "local":  # the cluster is this machine: what it lacks is refused before it starts
+        _check_gpu(job.config, _local_gpus())
+        owner = _take_possession(job, output, pending)
+    with _ray():
+        actors, gpus = _pool(job.config)
+        if _ray_address() != "local":
+            owner = _take_possession(job, output, pending)
+        if resumed_rows:
+            print(f"resuming: {resumed_rows:,} of {total_rows:,} rows are already committed", flush=True)
+        run = Run(job, output, owner, actors, gpus, progress)
+        run.execute(pending)
+    run.finish(resumed_rows, total_rows)
+
+
+def _take_possession(job: Job, output: OutputDirectory, pending: Sequence[Shard]) -> JobFile:
+    """Write the plan where this is the job's first start, and the settings of this start."""
+    owner = job.owner or output.create(job.identity, job.dataset.format, job.schema, job.shards)
+    output.put_run("config.yaml", job.config.as_yaml().encode())
+    output.forgive([shard.index for shard in pending])
+    return owner
+
+
+def _ray_address() -> str:
+    """The cluster to use: RAY_ADDRESS, which `ray job submit` sets, else a local one."""
+    return os.environ.get("RAY_ADDRESS") or "local"
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """Ray for the length of a job.
+
+    Raises:
+        UserError: there is no cluster at RAY_ADDRESS.
+    """
+    address = _ray_address()
+    if address == "local":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": True}
+    if address == "local":
+        options["include_dashboard"] = False
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # `ray job submit` has shipped the working directory already
+        paths = [REPOSITORY, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
+    try:
+        ray.init(address=address, **options)
+    except ConnectionError as error:
+        raise UserError(
+            f"no Ray cluster at RAY_ADDRESS={address!r}: {_one_line(error)}; unset it to run here"
+        ) from None
+    try:
+        with _stop_signals():
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """SIGTERM and Ctrl-C raise `Stopped` in the main thread."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _local_gpus() -> float:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _check_gpu(config: JobConfig, gpus: float) -> None:
+    if config.engine.device == "cuda" and config.run.num_gpus is None and gpus < config.engine.tensor_parallel_size:
+        raise UserError(
+            f"engine.device=cuda with tensor_parallel_size={config.engine.tensor_parallel_size} needs as many GPUs, and "
+            f"Ray has {gpus:g}; use engine.device=auto or cpu, or set run.num_gpus to wait for an autoscaler"
+        )
+
+
+def _pool(config: JobConfig) -> tuple[tuple[int, int], float]:
+    """Least and most actors, and the GPUs of each, on the cluster that Ray is connected to."""
+    import ray
+
+    cluster_gpus = ray.cluster_resources().get("GPU", 0)
+    _check_gpu(config, cluster_gpus)
+    gpus = config.run.num_gpus
+    if gpus is None:
+        on_gpu = config.engine.device != "cpu" and cluster_gpus >= config.engine.tensor_parallel_size
+        gpus = float(config.engine.tensor_parallel_size) if on_gpu else 0.0
+    if config.run.replicas != "auto":
+        return config.run.replicas, gpus
+    replicas = max(1, int(cluster_gpus // gpus)) if gpus else 1
+    return (replicas, replicas), gpus
+
+
+class Run:
+    """One start of a job: feeds shards to the pool, keeps the ledger and the progress, and sums up at the end."""
+
+    def __init__(
+        self,
+        job: Job,
+        output: OutputDirectory,
+        owner: JobFile | None,
+        actors: tuple[int, int],
+        gpus: float,
+        progress: Progress,
+    ) -> None:
+        self._job = job
+        self._config = job.config
+        self._output = output
+        self._owner = owner
+        self._actors = actors
+        self._gpus = gpus
+        self._progress = progress
+        self._ledger = RecordLog(output.ledger())
+        self._unwritten: list[ShardResult] = []
+        self._written_at = time.monotonic()
+        self._failures: dict[str, str] = {}
+        self._reused_rows = 0
+        self._results: list[dict[str, Any]] = []
+
+    def execute(self, pending: Sequence[Shard]) -> None:
+        """Run the pending shards on the pool.
+
+        Raises:
+            JobFailed: the pool cannot start or the store refuses writes.
+            Stopped: the user stopped the job; workers have flushed their journals.
+        """
+        import ray
+
+        board = ray.remote(ProgressBoard).options(num_cpus=0, max_restarts=-1, max_task_retries=3).remote()
+        finished = threading.Event()
+        printer = threading.Thread(target=self._print_progress, args=(board, finished), daemon=True)
+        printer.start()
+        rows = {shard.index: shard.rows for shard in pending}
+        try:
+            for result in self._results_of(pending, board):
+                self._take(result, rows[result.index])
+        except (Stopped, KeyboardInterrupt):
+            self._stop_workers(board)
+            raise
+        except JobFailed:
+            raise
+        except Exception as error:  # Ray and Ray Data raise many kinds; each ends this start
+            raise JobFailed(_root_cause(error)) from None
+        finally:
+            self._write_ledger()
+            finished.set()
+            printer.join(timeout=5)
+            self._progress.end()
+
+    def _results_of(self, pending: Sequence[Shard], board: ActorHandle[Any]) -> Iterator[ShardResult]:
+        import logging
+
+        import ray
+        from ray.data import ActorPoolStrategy, DataContext
+
+        from pipelines.worker import ShardResult, ShardWorker, Task
+
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.actor_init_retry_on_errors = True
+        context.actor_init_max_retries = INIT_RETRIES
+        context.execution_no_progress_timeout_s = -1  # a shard may take hours on a small machine
+        nodes = max(1, sum(node["Alive"] for node in ray.nodes()))
+        task = Task(
+            self._config.as_dict(),
+            self._owner.token if self._owner else "",
+            self._job.dataset.root,
+            self._job.dataset.format,
+            self._job.schema,
+            None if self._gpus else -(-self._actors[1] // nodes),
+        )
+        at_once = self._config.run.shards_in_flight
+        dataset = ray.data.from_items(
+            [asdict(shard) for shard in pending], override_num_blocks=len(pending)
+        ).map_batches(
+            ShardWorker,
+            fn_constructor_args=(task, board),
+            batch_size=1,
+            num_cpus=self._config.run.num_cpus,
+            num_gpus=self._gpus,
+            compute=ActorPoolStrategy(
+                min_size=self._actors[0],
+                max_size=self._actors[1],
+                max_concurrent_calls_per_actor=at_once,
+                max_tasks_in_flight_per_actor=at_once + 1,
+            ),
+        )
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            for text in batch["result"].to_pylist():
+                yield ShardResult(**json.loads(text))
+
+    def _take(self, result: ShardResult, rows: int) -> None:
+        """Count a shard that a worker is done with."""
+        if result.status == "fatal":
+            raise JobFailed(f"{result.reason}; mend it and start the same command again")
+        self._results.append({key: value for key, value in asdict(result).items() if key != "counts"})
+        if result.status == "failed":
+            shard = self._job.shards[result.index]
+            where = f"{shard.file} rows {shard.first_row} to {shard.first_row + shard.rows - 1}"
+            self._failures[where] = result.reason or ""
+            return
+        self._progress.committed_rows += rows
+        self._reused_rows += result.reused_rows
+        self._unwritten.append(result)
+        if time.monotonic() - self._written_at > self._config.run.journal_flush_s:
+            self._write_ledger()
+
+    def _write_ledger(self) -> None:
+        """Record counts of committed shards, so that the report needs to read none of them again."""
+        self._written_at = time.monotonic()
+        if not self._unwritten:
+            return
+        try:
+            entries = [[result.index, result.counts] for result in self._unwritten]
+            self._ledger.append(json.dumps(entries).encode())
+            self._unwritten.clear()
+        except OSError:
+            return  # at the latest, the report reads what is missing from the shards' files
+
+    def _print_progress(self, board: ActorHandle[Any], finished: threading.Event) -> None:
+        """Thread: sample the board every second."""
+        while not finished.wait(1.0):
+            self._progress.sample(_read_board(board))
+
+    def _stop_workers(self, board: ActorHandle[Any]) -> None:
+        """Let workers flush their journals, so that the next start repeats nothing that is finished."""
+        board.stop.remote()
+        deadline = time.monotonic() + STOP_S
+        while time.monotonic() < deadline:
+            workers = [state for age, state in _read_board(board) if age < 2 * STOP_S]
+            if workers and all(state.flushed for state in workers):
+                return
+            time.sleep(0.2)
+
+    def finish(self, resumed_rows: int, total_rows: int) -> None:
+        """Check the files, mark success, write the report and say how it went.
+
+        Raises:
+            JobFailed: a shard failed, or a file is not as planned.
+        """
+        counts = self._count()
+        status = "failed" if self._failures else "finished"
+        report = build_report(
+            status=status,
+            config=self._config.as_dict(),
+            counts=counts,
+            total_rows=total_rows,
+            seconds=self._progress.seconds,
+            resumed_rows=resumed_rows,
+            reused_rows=self._reused_rows,
+            samples=self._progress.as_list(),
+            shards=self._results[-1000:],
+            failures=self._failures,
+        )
+        try:
+            self._output.put_run("report.json", to_json(report))
+            self._output.put_run("report.html", to_html(report))
+            if not self._failures:
+                self._output.finish(self._job.shards)
+        except OSError as error:
+            raise JobFailed(f"the job could not be finished: {_one_line(error)}") from None
+        if self._failures:
+            where, reason = next(iter(self._failures.items()))
+            raise JobFailed(
+                f"{len(self._failures)} of {len(self._job.shards)} shards failed, first {where}: {reason}; "
+                "start again to try them again"
+            )
+        seconds = self._progress.seconds
+        rate = f", {report['this_start']['generated_tokens'] / seconds:,.0f} tok/s" if seconds else ""
+        print(
+            f"finished: {counts.rows:,} rows ({counts.error_rows:,} with an error), {counts.input_tokens:,} tokens in, "
+            f"{counts.generated_tokens:,} out, {duration(seconds)}{rate}"
+        )
+        print(f"output   {self._config.output}\nreport   {self._output.run.child('report.html').path}", flush=True)
+
+    def _count(self) -> Counts:
+        """Counts of all committed shards: from the ledger, and from the files of the few that no driver lived to record."""
+        recorded: dict[int, Counts] = {}
+        for payload in read_records(self._output.ledger()):
+            for index, counts in json.loads(payload):
+                recorded[index] = Counts.from_dict(counts)
+        prefix = self._config.columns.prefix
+        total = Counts()
+        for index in sorted(self._output.committed()):
+            if index not in recorded:
+                recorded[index] = count_rows(self._output.read_part(index, [prefix + name for name in COUNTED]), prefix)
+            total.add(recorded[index])
+        return total
+
+
+def _read_board(board: ActorHandle[Any]) -> list[tuple[float, WorkerState]]:
+    import ray
+
+    try:
+        states: list[tuple[float, WorkerState]] = ray.get(board.read.remote(), timeout=5)
+        return states
+    except ray.exceptions.RayError:
+        return []
+
+
+def _root_cause(error: BaseException) -> str:
+    """The engine's or worker's own words, from inside what Ray wraps around them."""
+    while True:
+        inner = getattr(error, "cause", None) or error.__cause__
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# The demo
+
+
+def _show_demo(output: OutputDirectory, config: JobConfig, shards: Sequence[Shard]) -> None:
+    """Some rows of the result, and how many answers are right."""
+    prompt, generated = config.prompt.column, config.columns.prefix + "generated_text"
+    right = rows = 0
+    shown: list[tuple[str, str, str]] = []
+    for shard in shards:
+        table = output.read_part(shard.index, [prompt, generated, "answer"])
+        for question, text, answer in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            rows += 1
+            right += (text or "").strip() == answer.strip()
+            if len(shown) < 8 and rows % 7 == 1:
+                shown.append((question, text, answer))
+    print("\nsome rows:")
+    for question, text, answer in shown:
+        print(f"  {question!r:46} -> {text!r}{'' if text.strip() == answer.strip() else f'   (wanted {answer!r})'}")
+    print(f"accuracy {right / rows:.2%} ({right:,} of {rows:,} answers right)")
+    report = output.run.child("report.html")
+    if exists(report):
+        print(f"report   {report.path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""The configuration of a job: one frozen `JobConfig`, filled from a YAML file, `section.key=value` overrides and flags.
+
+`generate.py` builds it with `load`, every other module reads it, and nothing else holds a setting of the job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from nanovllm import EngineConfig, SamplingParams, UserError
+from nanovllm.utils.validation import parse, suggest
+from pipelines.storage import absolute
+
+TooLong = Literal["error", "truncate_left", "truncate_right"]
+
+DEMO_DIRECTORY = Path(__file__).parent / "demo"
+DEMO_CONFIG = Path(__file__).parent / "jobs" / "generate.yaml"
+DEMO_OUTPUT = "demo_output"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class PromptConfig(_Section):
+    """Where a row's prompt comes from."""
+
+    column: str = Field(default="prompt", description="Column that holds the prompt, a string.")
+    too_long: TooLong = Field(
+        default="error",
+        description="A prompt that does not fit: error makes it an error row; truncate_left drops tokens at its start, "
+        "truncate_right at its end, so that prompt and max_tokens fit together.",
+    )
+
+
+class ColumnsConfig(_Section):
+    """Which columns the output has."""
+
+    prefix: str = Field(default="", description="Put before the name of every generated column.")
+    keep: list[str] | None = Field(
+        default=None, description="Input columns to carry into the output; all where not given."
+    )
+    num_cached_tokens: bool = Field(
+        default=False,
+        description="Add num_cached_tokens. It tells what one attempt reused, so with it a resumed job's files differ.",
+    )
+
+
+def _replicas(value: Any) -> Any:
+    """One message for all the ways to get `run.replicas` wrong, where a union would give three."""
+    if value == "auto":
+        return value
+    ends = list(value) if isinstance(value, (list, tuple)) else [value, value]
+    if len(ends) == 2 and all(type(end) is int for end in ends) and 1 <= ends[0] <= ends[1]:
+        return tuple(ends)
+    raise ValueError("must be a number of actors of at least 1, [min,max], or auto")
+
+
+class RunConfig(_Section):
+    """How the job runs. Only `seed` changes its results."""
+
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="With the row's file and position it decides the row's sampling."
+    )
+    replicas: Annotated[Literal["auto"] | tuple[int, int], BeforeValidator(_replicas)] = Field(
+        default="auto",
+        description="Engine actors: a number, [min,max], or auto (one for each GPU or group of tensor_parallel_size "
+        "GPUs; one where there is no GPU).",
+    )
+    num_gpus: float | None = Field(
+        default=None, ge=0, description="GPUs of an actor; where not given, tensor_parallel_size on GPUs and 0 on CPUs."
+    )
+    num_cpus: float = Field(default=0, ge=0, description="CPUs Ray reserves for an actor.")
+    shard_rows: int = Field(
+        default=1000, ge=1, description="Most rows of a shard, the unit of commit; fewer at the job's end."
+    )
+    shards_in_flight: int = Field(default=4, ge=1, description="Shards an actor works on at a time.")
+    journal_flush_s: float = Field(
+        default=5.0, gt=0, description="Seconds between flushes of finished rows to the journal."
+    )
+    write_retries: int = Field(
+        default=6, ge=0, description="Retries of a failing write, 1 s after the first, then doubling."
+    )
+    max_engine_deaths: int = Field(
+        default=3, ge=1, description="Engine deaths during a shard after which it is given up as failed."
+    )
+    progress_s: float = Field(
+        default=5.0, gt=0, description="Seconds between progress lines where stdout is no terminal."
+    )
+
+
+class JobConfig(_Section):
+    """A whole job. Built by `load` or `build`, which report mistakes as a one-line `UserError`."""
+
+    model: str = Field(description="Local directory with config.json and safetensors, or a hub id.")
+    input: str = Field(description="Parquet, JSONL or CSV: a file, directory or glob; local, s3://, gs:// and so on.")
+    output: str = Field(description="Directory for the result; local paths must be visible to every node.")
+    prompt: PromptConfig = PromptConfig()
+    sampling: SamplingParams = Field(default_factory=SamplingParams)
+    columns: ColumnsConfig = ColumnsConfig()
+    engine: EngineConfig
+    run: RunConfig = RunConfig()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values that `build` turns back into an equal configuration."""
+        return self.model_dump(mode="json", exclude={"engine": {"model"}, "sampling": {"seed"}})
+
+    def as_yaml(self) -> str:
+        """What `--print-config` prints; usable as `--config`."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+def build(data: Mapping[str, Any]) -> JobConfig:
+    """Check `data`, nested as in a job file, and build the configuration.
+
+    Raises:
+        UserError: an unknown key (the nearest known one is named), a missing one, or a value out of range.
+    """
+    values = dict(data)
+    sampling = values.get("sampling") or {}
+    engine = values.get("engine") or {}
+    if isinstance(sampling, Mapping):
+        _check_sampling_keys(sampling)
+    if isinstance(engine, Mapping):
+        if "model" in engine:
+            raise UserError("unknown job config 'engine.model': set the top-level 'model'")
+        values["engine"] = {**engine, "model": values.get("model", "")}
+    config = parse(JobConfig, {key: value for key, value in values.items() if value is not None}, "job config")
+    problem = config.sampling.problem()
+    if problem is not None:
+        raise UserError(f"job config sampling.{problem}")
+    for name in ("model", "input", "output"):
+        if not getattr(config, name):
+            raise UserError(f"job config {name!r} is empty; give it a path")
+    return config
+
+
+def _check_sampling_keys(sampling: Mapping[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(SamplingParams)} - {"seed"}
+    for key in sampling:
+        if key == "seed":
+            raise UserError("unknown job config 'sampling.seed': set 'run.seed', from which every row's seed follows")
+        if key not in known:
+            raise UserError(f"unknown job config 'sampling.{key}': {suggest(str(key), known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What the command line asks for."""
+
+    config: JobConfig
+    print_config: bool
+    dry_run: bool
+    demo: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as a `UserError`, so that the command prints one line for every refusal."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def load(arguments: Sequence[str]) -> Command:
+    """Read the command line. Later sources win: the job file, then `section.key=value`, then the three flags.
+
+    Raises:
+        UserError: as `build`, and for an unreadable job file or a malformed override.
+    """
+    parser = _Parser(
+        prog="generate.py",
+        description="Generate text for every row of a dataset: Parquet in, Parquet out, every row exactly once.",
+        epilog="Any setting: section.key=value with a YAML value, for example sampling.max_tokens=128 "
+        "run.replicas=[1,8] engine.dtype=bfloat16. --print-config lists them all.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", help="local model directory or hub id")
+    parser.add_argument("--input", help="Parquet, JSONL or CSV: a file, directory or glob, local or remote")
+    parser.add_argument("--output", help="directory for the result")
+    parser.add_argument("--config", help="job file in YAML; see pipelines/jobs/")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, show 3 prompts, start no engine")
+    parser.add_argument("--demo", action="store_true", help="run on the bundled model and prompts")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting of the job")
+    options, unknown = parser.parse_known_intermixed_args(list(arguments))
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+        raise UserError(f"unknown flag {unknown[0]!r}: {suggest(unknown[0].split('=')[0], flags)}")
+
+    path = options.config or (DEMO_CONFIG if options.demo else None)
+    values = _read_job_file(Path(path)) if path else {}
+    if options.demo and not options.config:
+        values.update(model=str(DEMO_DIRECTORY / "model"), input=str(DEMO_DIRECTORY / "prompts.parquet"))
+        values["output"] = DEMO_OUTPUT
+    for override in options.overrides:
+        _apply(values, override)
+    for name in ("model", "input", "output"):
+        if getattr(options, name) is not None:
+            values[name] = getattr(options, name)
+    for name in ("input", "output"):
+        if isinstance(values.get(name), str) and values[name]:
+            values[name] = absolute(values[name])
+    if isinstance(values.get("model"), str) and Path(values["model"]).exists() and values["model"]:
+        values["model"] = absolute(values["model"])
+    return Command(build(values), options.print_config, options.dry_run, options.demo)
+
+
+def _read_job_file(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the job file {str(path)!r}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the job file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"the job file {str(path)!r} must hold a mapping of settings, see pipelines/jobs/generate.yaml")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in nested `values`."""
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise UserError(f"{override!r} is no setting: write section.key=value, for example sampling.max_tokens=128")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"the value of {override!r} is not YAML; quote it") from None
+    *sections, key = name.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"{override!r}: {section!r} is no section")
+        values = inner
+    values[key] = value

@@ -1,0 +1,204 @@
+"""The plan of a job: which shards it is cut into, and the identity that says whether a second start is the same job.
+
+`generate.py` makes or loads it on the driver; workers only see single shards of it. No data is read for Parquet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.inputs import Dataset, FileFacts, InputFile, RowRange
+from pipelines.job import JobConfig
+from pipelines.rows import ROW_PATH_VERSION
+
+# Engine options that change speed or memory and not what a row generates (up to the last bits of its arithmetic).
+# Every other option, those to come included, belongs to the identity of a job.
+SPEED_OPTIONS = {
+    "model",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "gpu_memory_utilization",
+    "tensor_parallel_size",
+    "enforce_eager",
+    "kvcache_block_size",
+    "num_kvcache_blocks",
+    "device",
+    "attention_backend",
+    "enable_prefix_caching",
+    "seed",
+    "trust_remote_code",
+}
+SAMPLED_BYTES = 1 << 20
+
+Identity = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Consecutive rows of one file: the unit of work, retry and commit.
+
+    Attributes:
+        index: position in the plan, and the name of the output file.
+        file: path relative to the input's root.
+        size: bytes of the whole file when it was planned.
+        first_row: number of the first row in the file.
+        rows: how many rows.
+        offset, length: their bytes in the file for JSONL and CSV; 0 for Parquet.
+    """
+
+    index: int
+    file: str
+    size: int
+    first_row: int
+    rows: int
+    offset: int
+    length: int
+
+    @property
+    def row_range(self) -> RowRange:
+        """What to read."""
+        return RowRange(self.file, self.first_row, self.rows, self.offset, self.length)
+
+
+SHARD_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("file", pa.dictionary(pa.int32(), pa.string())),
+        ("size", pa.int64()),
+        ("first_row", pa.int64()),
+        ("rows", pa.int64()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+    ]
+)
+
+
+def cut(files: Sequence[InputFile], facts: Sequence[FileFacts], most: int, least: int) -> Iterator[Shard]:
+    """Cut files into shards of about `most` rows, and of ever fewer, down to `least`, over the last quarter of the job.
+
+    Guided self-scheduling (Polychronopoulos and Kuck, 1987): a shard gets a fixed fraction of what remains, so that
+    actors which take the last shards finish together. A shard ends at the end of a row group where one is near.
+    """
+    remaining = sum(fact.rows for fact in facts)
+    fraction = min(4096, max(8, remaining // most // 4))
+    index = 0
+    for file, fact in zip(files, facts, strict=True):
+        start = 0
+        while start < fact.rows:
+            target = min(most, max(least, -(-remaining // fraction)))
+            end = _end(fact, start, target)
+            offset, length = _bytes(fact, start, end)
+            yield Shard(index, file.path, file.size, start, end - start, offset, length)
+            remaining -= end - start
+            index += 1
+            start = end
+
+
+def _end(fact: FileFacts, start: int, target: int) -> int:
+    """The row after a shard that starts at `start` and should have about `target` rows."""
+    boundary = bisect_right(fact.ends, start + target + target // 4) - 1
+    if boundary >= 0 and fact.ends[boundary] >= start + (target + 1) // 2:
+        return int(fact.ends[boundary])
+    if fact.offsets is None:
+        return min(start + target, fact.rows)
+    return int(fact.ends[max(boundary, bisect_right(fact.ends, start))])
+
+
+def _bytes(fact: FileFacts, start: int, end: int) -> tuple[int, int]:
+    if fact.offsets is None:
+        return 0, 0
+    first = fact.offsets[bisect_right(fact.ends, start)]
+    return int(first), int(fact.offsets[bisect_right(fact.ends, end)] - first)
+
+
+def make_shards(config: JobConfig, files: Sequence[InputFile], facts: Sequence[FileFacts]) -> list[Shard]:
+    """The shards of a job. The smallest ones still fill an engine's batch when `shards_in_flight` of them run together."""
+    least = -(-config.engine.max_num_seqs // config.run.shards_in_flight)
+    return list(cut(files, facts, config.run.shard_rows, min(least, config.run.shard_rows)))
+
+
+def identity(config: JobConfig, dataset: Dataset) -> Identity:
+    """All that decides the result of a job, as flat names and plain values. Equal identities resume one another."""
+    settings = config.as_dict()
+    engine = {key: value for key, value in settings["engine"].items() if key not in SPEED_OPTIONS}
+    return {
+        "row path version": ROW_PATH_VERSION,
+        "model": model_identity(config.model),
+        "input": [list(file) for file in dataset.files],
+        **{f"prompt.{key}": value for key, value in settings["prompt"].items()},
+        **{f"sampling.{key}": value for key, value in settings["sampling"].items()},
+        **{f"columns.{key}": value for key, value in settings["columns"].items()},
+        **{f"engine.{key}": value for key, value in engine.items()},
+        "run.seed": config.run.seed,
+    }
+
+
+def model_identity(model: str) -> str:
+    """A digest of a model directory that moves with it: file names, sizes, and the content of small files and of both
+    ends of large ones. A hub id stands for itself."""
+    root = Path(model)
+    if not root.is_dir():
+        return model
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(root.iterdir()):
+        if path.suffix not in (".json", ".safetensors", ".txt", ".model", ".jinja") or not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with open(path, "rb") as stream:
+            digest.update(stream.read(SAMPLED_BYTES))
+            if size > SAMPLED_BYTES:
+                stream.seek(max(SAMPLED_BYTES, size - SAMPLED_BYTES), os.SEEK_SET)
+                digest.update(stream.read())
+    return f"{root.name} (content {digest.hexdigest()})"
+
+
+def differences(before: Identity, now: Identity) -> list[str]:
+    """What differs between the identity of the job an output belongs to and this one, in words."""
+    found = []
+    for name in sorted(set(before) | set(now)):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if name == "input":
+            found.append(_input_difference(old or [], new or []))
+        else:
+            found.append(f"{name} was {old!r}, is {new!r}")
+    return found
+
+
+def _input_difference(before: list[list[Any]], now: list[list[Any]]) -> str:
+    old = {path: (size, mtime) for path, size, mtime in before}
+    new = {path: (size, mtime) for path, size, mtime in now}
+    gone = sorted(set(old) - set(new))
+    added = sorted(set(new) - set(old))
+    if gone or added:
+        path = (gone or added)[0]
+        more = f" (and {len(gone) + len(added) - 1} more)" if len(gone) + len(added) > 1 else ""
+        return f"input file {path!r} {'is gone' if gone else 'is new'}{more}"
+    path = next(path for path in sorted(new) if new[path] != old[path])
+    return (
+        f"input file {path!r} has changed since ({old[path][0]} bytes then, {new[path][0]} now, or another time stamp)"
+    )
+
+
+def shards_to_table(shards: Sequence[Shard]) -> pa.Table:
+    """Shards as they are stored in `_run/plan.parquet`."""
+    arrays = [
+        pa.array([getattr(shard, field.name) for shard in shards], pa.string() if field.name == "file" else field.type)
+        for field in SHARD_SCHEMA
+    ]
+    return pa.table(arrays, names=SHARD_SCHEMA.names).cast(SHARD_SCHEMA)
+
+
+def shards_from_table(table: pa.Table) -> list[Shard]:
+    """The reverse of `shards_to_table`."""
+    return [Shard(*row) for row in zip(*(table[name].to_pylist() for name in SHARD_SCHEMA.names), strict=True)]

@@ -1,0 +1,124 @@
+"""`NanoVLLMPredictor`: the engine as a class for `ray.data.Dataset.map_batches`, for users' own Ray Data programs.
+
+ds = ray.data.read_parquet(path).map_batches(
+    NanoVLLMPredictor, fn_constructor_kwargs={"model": model}, batch_size=64, concurrency=2, num_gpus=1
+)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+import pyarrow as pa
+from ray.data.block import BlockAccessor
+
+from nanovllm import AsyncLLM, EngineConfig, EngineDeadError, SamplingParams, UserError
+from nanovllm.utils.validation import parse, suggest
+from pipelines.job import ColumnsConfig, PromptConfig, TooLong
+from pipelines.rows import RowPath, RowResult, check_names, result_table, row_seed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Batch = Union[Mapping[str, np.ndarray], pa.Table, "pd.DataFrame"]
+
+ENGINE_DIED = 70
+
+
+class NanoVLLMPredictor:
+    """Generates for every row of a batch, and returns the batch with the generated columns added.
+
+    Ray Data calls it with several batches of a block at a time (`RAY_DATA_DEFAULT_ASYNC_BATCH_UDF_MAX_CONCURRENCY`, 4
+    where not set; `ActorPoolStrategy(max_concurrent_calls_per_actor=...)` adds several blocks). All their rows are one
+    continuous batch of one engine, so a long row in one batch never idles the slots of the next. Rows keep their order.
+
+    A row's sampling depends on `seed` and its prompt alone, so the same dataset gives the same result whatever the
+    batches; equal prompts sample equally. An engine that dies ends its process, and Ray retries its blocks on a new one.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        *,
+        prompt_column: str = "prompt",
+        too_long: TooLong = "error",
+        output_prefix: str = "",
+        num_cached_tokens: bool = False,
+        **engine_options: Any,
+    ) -> None:
+        """Load the engine.
+
+        Args:
+            model: local directory or hub id.
+            sampling_params: how rows are sampled; its `seed`, or 0, is the seed of the whole dataset.
+            prompt_column: column of strings. A null, an empty string or another type is an error value in its row.
+            too_long: what becomes of a prompt that does not fit: "error", "truncate_left" or "truncate_right".
+            output_prefix: put before the names of the generated columns.
+            num_cached_tokens: add that column.
+            engine_options: fields of `EngineConfig`, for example `max_model_len` or `dtype`.
+
+        Raises:
+            UserError: an unknown option, a value out of range, or a model that cannot be loaded.
+        """
+        unknown = set(engine_options) - set(EngineConfig.model_fields)
+        if unknown:
+            own = {"sampling_params", "prompt_column", "too_long", "output_prefix", "num_cached_tokens"}
+            name = min(unknown)
+            raise UserError(f"unknown option {name!r}: {suggest(name, own | set(EngineConfig.model_fields))}")
+        EngineConfig.create(model, **engine_options)
+        sampling = _sampling_params(sampling_params)
+        self._prompt = parse(PromptConfig, {"column": prompt_column, "too_long": too_long}, "option")
+        columns = {"prefix": output_prefix, "num_cached_tokens": num_cached_tokens}
+        self._columns = parse(ColumnsConfig, columns, "option")
+        self._seed = sampling.seed or 0
+        self._engine = AsyncLLM(model, **engine_options)
+        self._rows = RowPath(self._engine, self._prompt, sampling)
+
+    def __del__(self) -> None:
+        """Free the engine when Ray lets go of the actor."""
+        if hasattr(self, "_engine"):
+            self._engine.shutdown()
+
+    async def __call__(self, batch: Batch) -> pa.Table:
+        """Generate for a batch in any of Ray's batch formats. The result is an Arrow table: its types never depend on its rows.
+
+        Raises:
+            UserError: the prompt column is missing, or a generated column has the name of an input column.
+        """
+        table = batch if isinstance(batch, pa.Table) else BlockAccessor.batch_to_arrow_block(batch)
+        names = table.column_names
+        if self._prompt.column not in names:
+            raise UserError(f"no column {self._prompt.column!r} (prompt_column): {suggest(self._prompt.column, names)}")
+        check_names(names, self._columns)
+        values = table[self._prompt.column].to_pylist()
+        seeds = [row_seed(self._seed, str(value)) for value in values]
+        results: dict[int, RowResult] = {}
+        try:
+            await self._rows.run(values, seeds, results.__setitem__)
+        except EngineDeadError as error:
+            print(f"the engine died: {error}", file=sys.stderr, flush=True)
+            os._exit(ENGINE_DIED)
+        generated = result_table([results[row] for row in range(len(values))], self._columns)
+        for name in generated.column_names:
+            table = table.append_column(generated.schema.field(name), generated[name])
+        return table
+
+
+def _sampling_params(given: SamplingParams | Mapping[str, Any] | None) -> SamplingParams:
+    if isinstance(given, Mapping):
+        known = {field.name for field in dataclasses.fields(SamplingParams)}
+        for name in given:
+            if name not in known:
+                raise UserError(f"unknown sampling parameter {name!r}: {suggest(str(name), known)}")
+        given = SamplingParams(**given)
+    sampling = given or SamplingParams()
+    problem = sampling.problem()
+    if problem is not None:
+        raise UserError(f"sampling_params: {problem}")
+    return sampling

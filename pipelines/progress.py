@@ -1,0 +1,158 @@
+"""Progress of a job: a Ray actor that workers report to, and the lines the driver prints from it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from typing import IO, Any, NamedTuple
+
+WINDOW_S = 60.0  # rates and the ETA look back this far
+STALE_S = 20.0  # a worker that was not heard of for so long is gone, and its unfinished rows with it
+
+
+class WorkerState(NamedTuple):
+    """What a worker reports about itself every second.
+
+    Attributes:
+        finished_rows: rows finished in shards that are not committed yet.
+        input_tokens, generated_tokens, cached_tokens: computed by its engine since it started.
+        running, waiting: requests in its engine.
+        kv_usage: part of the KV pool in use, 0 to 1.
+        flushed: it was told to stop and has flushed its journals.
+    """
+
+    finished_rows: int
+    input_tokens: int
+    generated_tokens: int
+    cached_tokens: int
+    running: int
+    waiting: int
+    kv_usage: float
+    flushed: bool
+
+
+class ProgressBoard:
+    """Collects what workers report. Run as a Ray actor; every call is short."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, tuple[float, WorkerState]] = {}
+        self._stopping = False
+
+    def report(self, worker: str, state: WorkerState) -> bool:
+        """Note a worker's state; tells it whether to flush its journals because the job stops."""
+        self._states[worker] = (time.monotonic(), state)
+        return self._stopping
+
+    def read(self) -> list[tuple[float, WorkerState]]:
+        """Age in seconds and state of every worker that ever reported."""
+        now = time.monotonic()
+        return [(now - when, state) for when, state in self._states.values()]
+
+    def stop(self) -> None:
+        """Ask every worker to flush its journals."""
+        self._stopping = True
+
+
+class Sample(NamedTuple):
+    """The job at one moment, `seconds` after this start began. Tokens are those computed since then."""
+
+    seconds: float
+    rows: int
+    input_tokens: int
+    generated_tokens: int
+    running: int
+    waiting: int
+    kv_usage: float
+
+
+class Progress:
+    """Samples of a running job, their rates, and the line that shows them."""
+
+    def __init__(self, total_rows: int, committed_rows: int, every_s: float, stream: IO[str] = sys.stdout) -> None:
+        self.total_rows = total_rows
+        self.committed_rows = committed_rows
+        self.samples: list[Sample] = []
+        self._recent: deque[Sample] = deque()
+        self._start = time.monotonic()
+        self._stream = stream
+        self._terminal = stream.isatty()
+        self._every_s = 1.0 if self._terminal else every_s
+        self._next_line = 0.0
+        self._heard = False
+        self._step_s = 1.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since this start began to run."""
+        return time.monotonic() - self._start
+
+    def sample(self, workers: list[tuple[float, WorkerState]]) -> None:
+        """Add up what workers report, and print a line when one is due."""
+        alive = [state for age, state in workers if age < STALE_S]
+        states = [state for _, state in workers]
+        self._heard = self._heard or bool(workers)
+        # A shard leaves its worker's count a moment before the driver hears of it; rows done never go back for that.
+        done = self.committed_rows + sum(state.finished_rows for state in alive)
+        before = self._recent[-1].rows if self._recent else 0
+        now = Sample(
+            seconds=round(self.seconds, 2),
+            rows=max(before, min(self.total_rows, done)),
+            input_tokens=sum(state.input_tokens for state in states),
+            generated_tokens=sum(state.generated_tokens for state in states),
+            running=sum(state.running for state in alive),
+            waiting=sum(state.waiting for state in alive),
+            kv_usage=round(sum(state.kv_usage for state in alive) / len(alive), 4) if alive else 0.0,
+        )
+        self._recent.append(now)
+        while now.seconds - self._recent[0].seconds > WINDOW_S:
+            self._recent.popleft()
+        if not self.samples or now.seconds - self.samples[-1].seconds >= self._step_s:
+            self.samples.append(now)
+        if len(self.samples) > 1000:  # a long job keeps a coarser curve, not a longer one
+            self.samples = self.samples[::2]
+            self._step_s *= 2
+        if now.seconds >= self._next_line:
+            self._next_line = now.seconds + self._every_s
+            self._print(self.line())
+
+    def line(self) -> str:
+        """Rows done, tokens a second over the last minute, and how long the rest will take."""
+        if not self._recent:
+            return f"0/{self.total_rows:,} rows"
+        first, last = self._recent[0], self._recent[-1]
+        passed = max(last.seconds - first.seconds, 1e-9)
+        rate = (last.rows - first.rows) / passed
+        left = self.total_rows - last.rows
+        done = f"{last.rows:,}/{self.total_rows:,} rows ({last.rows / max(1, self.total_rows):.0%})"
+        if last is first or rate <= 0:
+            return f"{done}  {f'{last.running} running' if self._heard else 'starting engines'}"
+        tokens_in = (last.input_tokens - first.input_tokens) / passed
+        tokens_out = (last.generated_tokens - first.generated_tokens) / passed
+        eta = f"ETA {duration(left / rate)}" if left else "finishing"
+        return f"{done}  {tokens_in:,.0f} tok/s in  {tokens_out:,.0f} tok/s out  {last.running} running  {eta}"
+
+    def end(self) -> None:
+        """Leave the line that a terminal overwrites."""
+        if self._terminal:
+            print(file=self._stream, flush=True)
+
+    def _print(self, line: str) -> None:
+        if self._terminal:
+            print(f"\r\033[K{line}", end="", file=self._stream, flush=True)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """The samples for the report."""
+        return [sample._asdict() for sample in self.samples]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42 s, 3 min 10 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,179 @@
+"""The one row path: prompt values in, output columns out. `ShardWorker` and `NanoVLLMPredictor` both run rows through here.
+
+Raise `ROW_PATH_VERSION` with every change that gives any row another result: it is part of a job's identity.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import pyarrow as pa
+import xxhash
+
+from nanovllm import RequestOutput, SamplingParams, UserError
+from nanovllm.outputs import error_output
+from pipelines.job import ColumnsConfig, PromptConfig
+from pipelines.prompts import RowError, render
+
+ROW_PATH_VERSION = 1
+
+SUBMIT_ROWS = 64  # rows tokenized in one turn on the tokenizer thread
+
+RESULT_SCHEMA = pa.schema(
+    [
+        ("generated_text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("num_input_tokens", pa.int32()),
+        ("num_generated_tokens", pa.int32()),
+        ("num_cached_tokens", pa.int32()),
+        ("error", pa.string()),
+    ]
+)
+
+
+class RowResult(NamedTuple):
+    """What a row gets, in the order of `RESULT_SCHEMA`. `generated_text` is None exactly where `error` is not."""
+
+    generated_text: str | None
+    finish_reason: str
+    num_input_tokens: int
+    num_generated_tokens: int
+    num_cached_tokens: int
+    error: str | None
+
+
+class Engine(Protocol):
+    """The part of `AsyncLLM` that rows need."""
+
+    @property
+    def max_prompt_len(self) -> int:
+        """Longest prompt that can run, in tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`."""
+
+    def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
+        """Start one request."""
+
+
+def row_seed(job_seed: int, *place: str | int) -> int:
+    """The sampling seed of a row: 63 bits of xxhash over the job's seed and the row's place in the dataset.
+
+    The job uses (file relative to the input's root, row number in the file, sample number), the predictor the prompt.
+    """
+    key = "\0".join(str(part) for part in (job_seed, *place))
+    return xxhash.xxh64_intdigest(key.encode("utf-8", "surrogatepass")) >> 1
+
+
+def output_names(columns: ColumnsConfig) -> list[str]:
+    """Names of the generated columns, unprefixed, in output order."""
+    return [name for name in RESULT_SCHEMA.names if name != "num_cached_tokens" or columns.num_cached_tokens]
+
+
+def check_names(input_names: Iterable[str], columns: ColumnsConfig) -> None:
+    """Refuse a generated column that an input column already has the name of.
+
+    Raises:
+        UserError: naming the column and the remedy.
+    """
+    taken = set(input_names)
+    clashes = [columns.prefix + name for name in output_names(columns) if columns.prefix + name in taken]
+    if clashes:
+        raise UserError(
+            f"input already has a column {clashes[0]!r}, which the output would add; set columns.prefix, "
+            "for example columns.prefix=new_, or leave it out with columns.keep"
+        )
+
+
+def result_table(results: Sequence[RowResult], columns: ColumnsConfig) -> pa.Table:
+    """The generated columns of some rows, named and typed as in the output."""
+    names = output_names(columns)
+    table = results_to_table(results).select(names)
+    return table.rename_columns([columns.prefix + name for name in names])
+
+
+def results_to_table(results: Sequence[RowResult]) -> pa.Table:
+    """All fields of some results, as the journal keeps them."""
+    fields = zip(*results, strict=True) if results else [()] * len(RESULT_SCHEMA)
+    return pa.table(
+        [pa.array(list(values), field.type) for values, field in zip(fields, RESULT_SCHEMA, strict=True)],
+        schema=RESULT_SCHEMA,
+    )
+
+
+def results_from_table(table: pa.Table) -> list[RowResult]:
+    """The reverse of `results_to_table`."""
+    return [RowResult(*row) for row in zip(*(table[name].to_pylist() for name in RESULT_SCHEMA.names), strict=True)]
+
+
+class RowPath:
+    """Feeds rows to an engine's continuous batch. One for each engine; `run` may be called many times at once."""
+
+    def __init__(self, engine: Engine, prompt: PromptConfig, sampling: SamplingParams) -> None:
+        self._engine = engine
+        self._prompt = prompt
+        self._sampling = sampling
+        self._limit = max(1, engine.max_prompt_len + 1 - sampling.max_tokens)
+        # Its own thread: tokenizing must hold up neither the event loop nor the engine. Fast tokenizers free the GIL.
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+
+    async def run(self, values: Sequence[object], seeds: Sequence[int], done: Callable[[int, RowResult], None]) -> None:
+        """Generate for rows with prompts `values`, calling `done(position, result)` on the event loop as each ends.
+
+        Raises:
+            EngineDeadError: the engine died; rows not reported are lost.
+        """
+        loop = asyncio.get_running_loop()
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            for start in range(0, len(values), SUBMIT_ROWS):
+                chunk = slice(start, start + SUBMIT_ROWS)
+                futures = await loop.run_in_executor(self._tokenizing, self._submit, values[chunk], seeds[chunk])
+                for position, future in enumerate(futures, start):
+                    tasks.append(loop.create_task(_report(position, future, done)))
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _submit(self, values: Sequence[object], seeds: Sequence[int]) -> list[Future[RequestOutput]]:
+        return [self._submit_row(value, seed) for value, seed in zip(values, seeds, strict=True)]
+
+    def _submit_row(self, value: object, seed: int) -> Future[RequestOutput]:
+        try:
+            text = render(value)
+            prompt = text if self._prompt.too_long == "error" else self._fit(self._engine.encode(text))
+            return self._engine.submit(prompt, dataclasses.replace(self._sampling, seed=seed))
+        except RowError as error:
+            message = str(error)
+        except Exception as error:  # tokenizers raise many kinds; each is about this one text
+            message = f"prompt cannot be tokenized: {' '.join(str(error).split())}"
+        failed: Future[RequestOutput] = Future()
+        failed.set_result(error_output(message))
+        return failed
+
+    def _fit(self, token_ids: list[int]) -> list[int]:
+        """Drop tokens at one end until the prompt leaves room for `max_tokens`."""
+        if len(token_ids) <= self._limit:
+            return token_ids
+        return token_ids[-self._limit :] if self._prompt.too_long == "truncate_left" else token_ids[: self._limit]
+
+
+async def _report(position: int, future: Future[RequestOutput], done: Callable[[int, RowResult], None]) -> None:
+    output = await asyncio.wrap_future(future)
+    failed = output["error"] is not None
+    done(
+        position,
+        RowResult(
+            None if failed else output["text"],
+            output["finish_reason"],
+            output["num_input_tokens"],
+            output["num_generated_tokens"],
+            output["num_cached_tokens"],
+            output["error"],
+        ),
+    )

@@ -1,0 +1,287 @@
+"""The actor of a job: reads shards, runs their rows through one engine, journals and commits. Made by `generate.py`.
+
+Ray Data calls it with several shards at a time; all their rows are one continuous batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import pyarrow as pa
+import ray
+from ray.actor import ActorHandle
+
+from nanovllm import AsyncLLM, EngineDeadError, UserError
+from pipelines.commit import Journal, OutputDirectory, output_schema, read_journal, retrying
+from pipelines.counts import COUNTED, Counts, count_rows
+from pipelines.inputs import Format, read_rows
+from pipelines.job import JobConfig, build
+from pipelines.plan import SHARD_SCHEMA, Shard
+from pipelines.progress import WorkerState
+from pipelines.rows import RowPath, RowResult, result_table, row_seed
+from pipelines.storage import Location
+
+REPORT_S = 1.0
+READ_RETRIES = 3  # for stores that fail now and then; a local disk that fails once fails again
+IO_THREADS = 4
+ENGINE_DIED = 70  # exit status of an actor whose engine died (EX_SOFTWARE)
+
+
+class Task(NamedTuple):
+    """All that a worker needs besides its shards; pickled to every actor.
+
+    Attributes:
+        settings: `JobConfig.as_dict()`.
+        token: says that the output directory a worker sees is the one the driver wrote.
+        root, format, schema: of the input.
+        actors_per_node: how many engines share a node's CPUs; None where engines run on GPUs.
+    """
+
+    settings: dict[str, Any]
+    token: str
+    root: Location
+    format: Format
+    schema: pa.Schema
+    actors_per_node: int | None
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What became of one shard in one attempt.
+
+    Attributes:
+        status: `done`: committed. `failed`: this shard cannot be done. `fatal`: no shard can, the store refuses writes.
+        reason: why it is not done.
+        counts: of all its rows, as `Counts.as_dict()`; None where it is not done.
+        reused_rows: rows taken from the journal or from a file committed by an earlier attempt.
+        seconds: of this attempt.
+        worker: host and process.
+    """
+
+    index: int
+    status: Literal["done", "failed", "fatal"]
+    reason: str | None
+    counts: dict[str, Any] | None
+    reused_rows: int
+    seconds: float
+    worker: str
+
+
+class _Active:
+    """A shard this worker works on: its rows finished so far, by position, and their journal."""
+
+    def __init__(self, shard: Shard, journal: Journal, finished: dict[int, RowResult]) -> None:
+        self.shard = shard
+        self.journal = journal
+        self.finished = finished
+
+    def done(self, position: int, result: RowResult) -> None:
+        """Note a row that the engine finished."""
+        self.finished[position] = result
+        self.journal.add(position, result)
+
+    def unfinished(self) -> list[int]:
+        """Positions of the rows that are in flight."""
+        return [position for position in range(self.shard.rows) if position not in self.finished]
+
+
+class ShardWorker:
+    """One engine and the shards in flight on it. `__call__` takes a batch of shards and returns their results."""
+
+    def __init__(self, task: Task, board: ActorHandle[Any]) -> None:
+        self._config: JobConfig = build(task.settings)
+        self._task = task
+        self._output = OutputDirectory(self._config.output)
+        if not self._output.has_token(task.token):
+            raise UserError(
+                f"output {self._config.output!r} on node {socket.gethostname()} is not the directory that the driver "
+                "wrote; use a directory that all nodes share, or an object store"
+            )
+        kept = output_schema(task.schema, self._config.columns.keep)
+        self._kept = kept.names
+        prompt = task.schema.field(self._config.prompt.column)
+        self._schema = kept if prompt.name in kept.names else kept.append(prompt)
+        if task.actors_per_node is not None:
+            share_cpus(task.actors_per_node, self._config.engine.tensor_parallel_size)
+        self._engine = AsyncLLM(self._config.model, **self._config.engine.model_dump(exclude={"model"}))
+        self._rows = RowPath(self._engine, self._config.prompt, self._config.sampling)
+        self._active: dict[int, _Active] = {}
+        self._io = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="shard-io")
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        reporter = threading.Thread(
+            target=_report_regularly, args=(weakref.ref(self), board), name="report", daemon=True
+        )
+        reporter.start()
+
+    def __del__(self) -> None:
+        """Free the engine when Ray lets go of the actor."""
+        if hasattr(self, "_engine"):
+            self._engine.shutdown()
+
+    async def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+        """Work on the shards of a batch (one, as the job runs it) and return each result as JSON."""
+        shards = [
+            Shard(int(index), str(file), *(int(number) for number in numbers))
+            for index, file, *numbers in zip(*(batch[name] for name in SHARD_SCHEMA.names), strict=True)
+        ]
+        return {"result": [json.dumps(asdict(await self._attempt(shard))) for shard in shards]}
+
+    async def _attempt(self, shard: Shard) -> ShardResult:
+        started = time.monotonic()
+
+        def result(status: Literal["done", "failed", "fatal"], reason: str | None = None) -> ShardResult:
+            return ShardResult(shard.index, status, reason, None, 0, round(time.monotonic() - started, 3), self._name)
+
+        try:
+            earlier = await self._off_loop(self._earlier, shard)
+            if earlier is not None:
+                return replace(result("done"), counts=earlier.as_dict(), reused_rows=shard.rows)
+            deaths = await self._off_loop(self._output.death_reasons, shard.index)
+            if len(deaths) >= self._config.run.max_engine_deaths:
+                return result("failed", f"the engine died {len(deaths)} times on it, last: {deaths[-1]}")
+            table = await self._off_loop(self._read, shard)
+            finished = await self._off_loop(read_journal, self._output.journal(shard.index), shard.rows)
+        except (OSError, pa.ArrowException) as error:
+            return result("failed", _one_line(error))
+        reused = len(finished)
+        await self._generate(shard, table, finished)
+        results = [finished[position] for position in range(shard.rows)]
+        try:
+            counts = await self._off_loop(self._commit, shard, table, results)
+        except OSError as error:
+            return result("fatal", f"shard {shard.index} cannot be written: {_one_line(error)}")
+        return replace(result("done"), counts=counts.as_dict(), reused_rows=reused)
+
+    async def _generate(self, shard: Shard, table: pa.Table, finished: dict[int, RowResult]) -> None:
+        """Run the rows that no earlier attempt finished, adding them to `finished`."""
+        prompts = table[self._config.prompt.column].to_pylist()
+        todo = [position for position in range(shard.rows) if position not in finished]
+        seeds = [row_seed(self._config.run.seed, shard.file, shard.first_row + position, 0) for position in todo]
+        active = _Active(shard, Journal(self._output.journal(shard.index)), finished)
+        self._active[shard.index] = active
+        flusher = asyncio.get_running_loop().create_task(self._flush_regularly(active.journal))
+        try:
+            await self._rows.run(
+                [prompts[position] for position in todo],
+                seeds,
+                lambda number, result: active.done(todo[number], result),
+            )
+        except EngineDeadError as error:
+            self._die(error)
+        finally:
+            flusher.cancel()
+            await self._off_loop(active.journal.close)
+            del self._active[shard.index]
+
+    async def _flush_regularly(self, journal: Journal) -> None:
+        while True:
+            await asyncio.sleep(self._config.run.journal_flush_s)
+            await self._off_loop(_try_flush, journal)
+
+    def _earlier(self, shard: Shard) -> Counts | None:
+        """Counts of a shard that an attempt committed before its actor died; None where none did."""
+        if self._output.part_rows(shard.index) != shard.rows:
+            return None
+        self._output.forget(shard.index)
+        prefix = self._config.columns.prefix
+        return count_rows(self._output.read_part(shard.index, [prefix + name for name in COUNTED]), prefix)
+
+    def _read(self, shard: Shard) -> pa.Table:
+        place = self._task.root.child(shard.file)
+
+        def read() -> pa.Table:
+            size = place.fs.get_file_info(place.path).size
+            if size != shard.size:
+                now = "is gone" if size is None else f"has {size} bytes"
+                raise OSError(f"{shard.file} had {shard.size} bytes when it was planned and {now}")
+            return read_rows(self._task.root, self._task.format, shard.row_range, self._schema)
+
+        return retrying(read, 0 if place.renames else READ_RETRIES)
+
+    def _commit(self, shard: Shard, table: pa.Table, results: list[RowResult]) -> Counts:
+        columns = self._config.columns
+        generated = result_table(results, columns)
+        whole = table.select(self._kept)
+        for name in generated.column_names:
+            whole = whole.append_column(generated.schema.field(name), generated[name])
+        retrying(lambda: self._output.commit(shard.index, whole), self._config.run.write_retries)
+        return count_rows(generated, columns.prefix)
+
+    async def _off_loop(self, work: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._io, work, *arguments)
+
+    def _die(self, error: EngineDeadError) -> NoReturn:
+        """End the process, so that Ray starts a new actor. Finished rows are journalled and the death is noted first."""
+        print(f"the engine died: {error}", file=sys.stderr, flush=True)
+        try:
+            for active in self._active.values():
+                _try_flush(active.journal)
+                self._output.note_death(active.shard.index, _one_line(error), active.unfinished())
+        finally:
+            os._exit(ENGINE_DIED)
+
+    def report(self, board: ActorHandle[Any], name: str, flushed: bool) -> bool:
+        """Tell the driver's board how far this worker is; flush the journals and return True when the job stops."""
+        stats = self._engine.stats()
+        state = WorkerState(
+            finished_rows=sum(len(active.finished) for active in list(self._active.values())),
+            input_tokens=stats.prompt_tokens,
+            generated_tokens=stats.generated_tokens,
+            cached_tokens=stats.cached_tokens,
+            running=stats.num_running,
+            waiting=stats.num_waiting,
+            kv_usage=stats.kv_usage,
+            flushed=flushed,
+        )
+        try:
+            stopping = bool(ray.get(board.report.remote(name, state), timeout=10 * REPORT_S))
+        except ray.exceptions.RayError:
+            return False  # the board is away; it comes back, or the job is over
+        if stopping:
+            for active in list(self._active.values()):
+                _try_flush(active.journal)
+        return stopping
+
+
+def _report_regularly(worker: weakref.ref[ShardWorker], board: ActorHandle[Any]) -> None:
+    """Thread: report while the worker lives. It holds no worker while it sleeps, so that the actor can let go of it."""
+    name = uuid.uuid4().hex
+    flushed = False
+    while (alive := worker()) is not None:
+        flushed = alive.report(board, name, flushed)
+        del alive
+        time.sleep(REPORT_S / 4 if flushed else REPORT_S)
+
+
+def share_cpus(actors: int, ranks: int) -> None:
+    """Give this engine its part of the node's cores. Ray sets OMP_NUM_THREADS=1 for actors that reserve no CPU."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cpus // (actors * ranks))
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for tensor-parallel ranks
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _try_flush(journal: Journal) -> None:
+    """Flush now or, where the store refuses, at the next turn: a journal is a saving, not a condition."""
+    try:
+        journal.flush()
+    except OSError as error:
+        print(f"journal not written, will be tried again: {_one_line(error)}", file=sys.stderr, flush=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

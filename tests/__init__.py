@@ -1,0 +1,1 @@
+"""Tests. A package, so that test files can import `tests.models`."""

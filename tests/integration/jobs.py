@@ -1,0 +1,118 @@
+"""Runs `generate.py` as users do: as a process of its own, with a local Ray, and sometimes with a SIGKILL."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GENERATE = REPOSITORY / "pipelines" / "generate.py"
+# A job slow enough to be caught half-way: few sequences at a time, several small shards, frequent flushes.
+SLOW = [
+    "engine.max_num_seqs=4",
+    "engine.kvcache_block_size=16",
+    "engine.num_kvcache_blocks=64",
+    "sampling.max_tokens=24",
+    "sampling.ignore_eos=true",
+    "run.shard_rows=60",
+    "run.shards_in_flight=2",
+    "run.journal_flush_s=0.3",
+    "run.progress_s=1",
+]
+
+
+def environment() -> dict[str, str]:
+    """The tests' own, with a Ray that starts afresh and tells nobody."""
+    return {**os.environ, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
+    """Start a job in a process group of its own. `cwd` is not the repository: nothing may depend on it."""
+    return subprocess.Popen(
+        [sys.executable, str(GENERATE), *arguments],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(arguments: list[str], cwd: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    """Run a job to its end, and show what it said where a test fails."""
+    process = start(arguments, cwd)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {timeout} s:\n{out}\n{err}") from None
+    print(out, err, sep="\n")
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def kill_everything(process: subprocess.Popen[str]) -> None:
+    """SIGKILL the driver, its Ray and its actors at once, as a machine that loses power does."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    for member in [*reversed(family), psutil.Process(process.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.communicate(timeout=60)
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 120) -> None:
+    """Wait for a state of a running job."""
+    deadline = time.monotonic() + timeout
+    while not what():
+        assert process.poll() is None, f"the job ended first: {process.communicate()}"
+        assert time.monotonic() < deadline, "the job never came so far"
+        time.sleep(0.05)
+
+
+def report(output: Path) -> dict[str, Any]:
+    """`_run/report.json`."""
+    loaded: dict[str, Any] = json.loads((output / "_run" / "report.json").read_text())
+    return loaded
+
+
+def parts(output: Path) -> dict[str, bytes]:
+    """Content of the committed files by name."""
+    return {path.name: path.read_bytes() for path in sorted(output.glob("part-*.parquet"))}
+
+
+def table_of(output: Path) -> pa.Table:
+    """The output as users read it."""
+    return pq.read_table(output)
+
+
+def write_prompts(directory: Path, files: Mapping[str, int], **writer: Any) -> int:
+    """Files of so many rows with columns id, prompt, and extra columns of awkward types. Returns the number of rows."""
+    directory.mkdir(parents=True, exist_ok=True)
+    first = 0
+    for name, rows in files.items():
+        numbers = list(range(first, first + rows))
+        table = pa.table(
+            {
+                "id": numbers,
+                "prompt": [f"the quick brown fox {number}" for number in numbers],
+                "tags": pa.array([["a"] * (number % 3) for number in numbers], pa.list_(pa.string())),
+                "kind": pa.array([f"k{number % 4}" for number in numbers]).dictionary_encode(),
+                "where": pa.array([{"x": number, "y": None} for number in numbers]),
+            }
+        )
+        pq.write_table(table, directory / name, **writer)
+        first += rows
+    return first

@@ -1,0 +1,246 @@
+"""The job end to end on a real local Ray: every row once and in order, killed or not, whatever the format."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.commit import OutputDirectory, read_journal
+from tests.integration.jobs import SLOW, kill_everything, parts, report, run, start, table_of, wait_for, write_prompts
+
+ROWS = 240
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def dataset(workplace: Path) -> Path:
+    """240 rows in two files; row 7 is null and row 8 empty."""
+    source = workplace / "dataset"
+    write_prompts(source, {"a.parquet": 160, "b.parquet": 80}, row_group_size=70)
+    table = pq.read_table(source / "a.parquet")
+    prompts = table["prompt"].to_pylist()
+    prompts[7], prompts[8] = None, ""
+    pq.write_table(table.set_column(1, "prompt", pa.array(prompts)), source / "a.parquet", row_group_size=70)
+    return source
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workplace: Path, dataset: Path, chat_model_dir: Path) -> Path:
+    """The output of a job that nobody disturbed."""
+    output = workplace / "undisturbed"
+    done = run(["--model", str(chat_model_dir), "--input", str(dataset), "--output", str(output), *SLOW], workplace)
+    assert done.returncode == 0
+    assert "finished: 240 rows (2 with an error)" in done.stdout
+    return output
+
+
+def test_every_row_once_in_order_with_its_columns(undisturbed: Path, dataset: Path) -> None:
+    result, source = table_of(undisturbed), pq.read_table(dataset)
+    assert result.select(source.column_names).equals(source)
+    assert result.schema.names == [
+        *source.column_names,
+        "generated_text",
+        "finish_reason",
+        "num_input_tokens",
+        "num_generated_tokens",
+        "error",
+    ]
+    errors = result["error"].to_pylist()
+    assert {number: error for number, error in enumerate(errors) if error} == {
+        7: "prompt is null",
+        8: "prompt is empty",
+    }
+    assert result["num_generated_tokens"].to_pylist() == [0 if error else 24 for error in errors]
+    assert [text is None for text in result["generated_text"].to_pylist()] == [error is not None for error in errors]
+    schemas = [pq.read_schema(path) for path in sorted(undisturbed.glob("part-*.parquet"))]
+    assert len(schemas) > 5
+    assert all(schema.equals(schemas[0], check_metadata=True) for schema in schemas)
+
+
+def test_report_and_success(undisturbed: Path) -> None:
+    summary = report(undisturbed)
+    result = table_of(undisturbed)
+    assert summary["status"] == "finished"
+    assert (summary["rows"], summary["planned_rows"], summary["error_rows"]) == (ROWS, ROWS, 2)
+    assert summary["errors"] == {"prompt is null": 1, "prompt is empty": 1}
+    assert summary["generated_tokens"] == sum(result["num_generated_tokens"].to_pylist()) == 238 * 24
+    assert summary["input_tokens"] == sum(result["num_input_tokens"].to_pylist())
+    assert summary["config"]["sampling"]["max_tokens"] == 24
+    assert {"python", "ray", "torch", "nanovllm"} <= set(summary["versions"])
+    assert summary["this_start"]["samples"]
+    page = (undisturbed / "_run" / "report.html").read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert json.loads((undisturbed / "_SUCCESS").read_text()) == {"rows": ROWS, "files": len(parts(undisturbed))}
+    assert sorted(path.name for path in (undisturbed / "_run").iterdir()) == [
+        "config.yaml",
+        "job.json",
+        "ledger",
+        "plan.parquet",
+        "report.html",
+        "report.json",
+        "schema.parquet",
+    ]
+
+
+def test_a_second_start_says_so(undisturbed: Path, workplace: Path) -> None:
+    began = time.monotonic()
+    before = parts(undisturbed)
+    done = run(["--config", str(undisturbed / "_run" / "config.yaml"), "run.replicas=3"], workplace)
+    assert done.returncode == 0
+    assert done.stdout.startswith("already finished: 240 rows")
+    assert time.monotonic() - began < 15
+    assert parts(undisturbed) == before
+
+
+def journalled_rows(output: Path) -> int:
+    """Rows in the journals of shards that are not committed."""
+    place = OutputDirectory(str(output))
+    if not (output / "_run" / "plan.parquet").exists():
+        return 0
+    committed = place.committed()
+    journals = (read_journal(place.journal(s.index), s.rows) for s in place.shards() if s.index not in committed)
+    return sum(len(rows) for rows in journals)
+
+
+def test_stopped_and_killed_it_ends_the_same(
+    undisturbed: Path, workplace: Path, dataset: Path, chat_model_dir: Path
+) -> None:
+    output = workplace / "stopped"
+    arguments = ["--model", str(chat_model_dir), "--input", str(dataset), "--output", str(output), *SLOW]
+
+    def start_and_wait(for_parts: int) -> subprocess.Popen[str]:
+        process = start(arguments, workplace)
+        wait_for(lambda: len(parts(output)) >= for_parts and journalled_rows(output) >= 5, process)
+        return process
+
+    process = start_and_wait(2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.splitlines()[-1].startswith("error: stopped; start the same command again")
+
+    process = start_and_wait(len(parts(output)) + 2)
+    kill_everything(process)
+    assert not (output / "_SUCCESS").exists()
+    assert len(parts(output)) < len(parts(undisturbed))
+    journalled = journalled_rows(output)
+    assert journalled > 0
+
+    done = run([*arguments, "run.replicas=2"], workplace)
+    assert done.returncode == 0
+    assert "resuming:" in done.stdout
+    assert parts(output) == parts(undisturbed)
+    summary = report(output)
+    now = summary["this_start"]
+    assert now["resumed_rows"] > 0
+    assert now["reused_rows"] == journalled
+    # What this start generated is what was neither committed nor journalled.
+    assert now["generated_tokens"] <= (ROWS - now["resumed_rows"] - now["reused_rows"]) * 24
+    whole = report(undisturbed)
+    for figure in (
+        "rows",
+        "error_rows",
+        "input_tokens",
+        "generated_tokens",
+        "errors",
+        "finish_reasons",
+        "input_lengths",
+    ):
+        assert summary[figure] == whole[figure]
+
+
+def test_a_bad_shard_fails_alone_and_is_tried_again(workplace: Path, chat_model_dir: Path) -> None:
+    source, output = workplace / "torn", workplace / "torn-out"
+    rows = write_prompts(source, {"a.parquet": 40, "b.parquet": 40, "c.parquet": 40}, compression="none")
+    victim = source / "b.parquet"
+    good, stamp = victim.read_bytes(), victim.stat().st_mtime_ns
+    victim.write_bytes(good[:4] + bytes(600) + good[604:])  # the footer stays readable, the pages do not
+    os.utime(victim, ns=(stamp, stamp))
+    arguments = ["--model", str(chat_model_dir), "--input", str(source), "--output", str(output)]
+    arguments += ["sampling.max_tokens=4", "engine.max_num_seqs=40", "run.shards_in_flight=2"]
+    done = run(arguments, workplace)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "shards failed" in last
+    assert "b.parquet" in last
+    assert not (output / "_SUCCESS").exists()
+    finished = set(table_of(output)["id"].to_pylist())
+    assert finished >= {*range(40), *range(80, 120)}
+    assert len(finished) < rows
+    assert report(output)["status"] == "failed"
+    before = parts(output)
+
+    victim.write_bytes(good)
+    os.utime(victim, ns=(stamp, stamp))
+    done = run(arguments, workplace)
+    assert done.returncode == 0
+    assert table_of(output)["id"].to_pylist() == list(range(rows))
+    assert {name: data for name, data in parts(output).items() if name in before} == before
+    assert report(output)["this_start"]["resumed_rows"] == len(finished)
+
+
+def test_jsonl_in(workplace: Path, chat_model_dir: Path) -> None:
+    source, output = workplace / "in.jsonl", workplace / "out-jsonl"
+    prompts = [f'line one {number}\nline "two"' for number in range(50)]
+    source.write_text("".join(json.dumps({"n": n, "text": text}) + "\n" for n, text in enumerate(prompts)))
+    done = run(
+        [
+            "--model",
+            str(chat_model_dir),
+            "--input",
+            str(source),
+            "--output",
+            str(output),
+            "prompt.column=text",
+            "sampling.max_tokens=3",
+            "columns.prefix=my_",
+            "columns.num_cached_tokens=true",
+        ],
+        workplace,
+    )
+    assert done.returncode == 0
+    result = table_of(output)
+    assert result["text"].to_pylist() == prompts
+    assert result["n"].to_pylist() == list(range(50))
+    assert result["my_error"].null_count == 50
+    assert "my_num_cached_tokens" in result.column_names
+
+
+def test_dry_run_shows_prompts_and_writes_nothing(workplace: Path, chat_model_dir: Path) -> None:
+    source, output = workplace / "in.csv", workplace / "out-csv"
+    with source.open("w", newline="") as stream:
+        csv.writer(stream).writerows([["n", "text"], ["1", 'first "row"'], ["2", ""], ["3", "third\nrow"]])
+    done = run(
+        [
+            "--model",
+            str(chat_model_dir),
+            "--input",
+            str(source),
+            "--output",
+            str(output),
+            "prompt.column=text",
+            "--dry-run",
+        ],
+        workplace,
+    )
+    assert done.returncode == 0
+    assert "3 rows in 1 csv files" in done.stdout
+    assert "tokens: 'first \"row\"'" in done.stdout
+    assert "an error row: prompt is empty" in done.stdout
+    assert "tokens: 'third\\nrow'" in done.stdout
+    assert done.stderr == ""
+    assert not output.exists()

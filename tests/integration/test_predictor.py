@@ -1,0 +1,103 @@
+"""`NanoVLLMPredictor` in a user's own Ray Data program, and `generate.py` through `ray job submit`."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.jobs import REPOSITORY, environment, table_of, write_prompts
+
+PROGRAM = """
+import sys
+import ray
+from pipelines import NanoVLLMPredictor
+
+p, m, out = sys.argv[1:]
+ray.init(address="local", include_dashboard=False, logging_level="ERROR")
+ds = ray.data.read_parquet(p).map_batches(NanoVLLMPredictor, fn_constructor_kwargs={"model": m}, batch_size=64, concurrency=2, num_cpus=0)
+ds.write_parquet(out)
+try:
+    ray.data.read_parquet(p).map_batches(
+        NanoVLLMPredictor, fn_constructor_kwargs={"model": m, "max_model_length": 9}, concurrency=1, num_cpus=0
+    ).materialize()
+except Exception as error:
+    print("refused:", str(error).splitlines()[-1])
+"""
+
+
+def test_the_line_in_the_readme_works_as_written(tmp_path: Path, chat_model_dir: Path) -> None:
+    rows = write_prompts(tmp_path / "in", {"a.parquet": 150, "b.parquet": 60})
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "in"), str(chat_model_dir), str(out)],
+        cwd=tmp_path,
+        env={**environment(), "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    result = table_of(out).sort_by("id")
+    assert result["id"].to_pylist() == list(range(rows))
+    assert result["prompt"].to_pylist() == [f"the quick brown fox {number}" for number in range(rows)]
+    assert result["error"].null_count == rows
+    assert all(0 < count <= 64 for count in result["num_generated_tokens"].to_pylist())
+    assert "did you mean 'max_model_len'?" in done.stdout
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A real head node with its job server, on this machine only. Gives the environment of its clients."""
+    ports = free_ports(2)
+    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    env.pop("RAY_ADDRESS", None)
+    env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports[1]}"
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address=127.0.0.1", "--block"]
+    command += [f"--port={ports[0]}", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}", "--num-cpus=2"]
+    with (tmp_path / "head.log").open("w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        yield env
+    finally:
+        process.terminate()  # --block: the node's other processes end with it
+        process.wait(timeout=60)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def test_ray_job_submit(head: dict[str, str], tmp_path: Path, chat_model_dir: Path) -> None:
+    rows = write_prompts(tmp_path / "in", {"a.parquet": 30})
+    arguments = ["--model", str(chat_model_dir), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    working_dir = tmp_path / "checkout"  # what a user submits: the packages, without tests, environments and results
+    working_dir.mkdir()
+    for package in ("nanovllm", "pipelines"):
+        (working_dir / package).symlink_to(REPOSITORY / package)
+    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", "."]
+    command = ["--", sys.executable, "pipelines/generate.py", *arguments, "sampling.max_tokens=4"]
+    for attempt in range(10):  # the job server comes up some seconds after the node
+        done = subprocess.run(
+            [*submit, *command], cwd=working_dir, env=head, capture_output=True, text=True, timeout=250, check=False
+        )
+        if "Failed to connect" not in done.stdout + done.stderr or attempt == 9:
+            break
+    print(done.stdout, done.stderr, (tmp_path / "head.log").read_text()[-3000:])
+    assert done.returncode == 0
+    assert re.search(rf"finished: {rows} rows \(0 with an error\)", done.stdout)
+    assert table_of(tmp_path / "out")["id"].to_pylist() == list(range(rows))

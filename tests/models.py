@@ -1,0 +1,214 @@
+"""Tiny random models on disk, with real `config.json` keys and checkpoint names: what every test of the engine runs on.
+
+`make_model(path, "qwen3", num_key_value_heads=1)` writes config.json, generation_config.json and safetensors, and with
+`tokenizer=True` a byte-level BPE tokenizer with a ChatML template. The same arguments always write the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{% endif %}"
+)
+
+_BASE: dict[str, Any] = {
+    "vocab_size": 257,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+}
+# What the published configs of each family say beside their sizes.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": 2,
+    },
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 2,
+    },
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+    },
+}
+# Qwen2 has no such key: its query, key and value projections always have a bias.
+_WITHOUT = {"qwen2": ("attention_bias",)}
+
+
+def make_config(
+    family: str = "qwen3", *, form: str = "4.x", dtype: str = "float32", **overrides: Any
+) -> dict[str, Any]:
+    """A config.json as transformers `form` ("4.x" or "5.x") writes it. Overrides are given with 4.x names."""
+    config = {**_BASE, **_FAMILIES[family], "eos_token_id": None, **overrides}
+    for key in _WITHOUT.get(family, ()):
+        config.pop(key, None)
+    if form == "4.x":
+        return {**config, "rope_scaling": config.get("rope_scaling"), "torch_dtype": dtype}
+    rope = config.pop("rope_scaling", None) or {"rope_type": "default"}
+    rope = {**rope, "rope_theta": config.pop("rope_theta")}
+    return {**config, "rope_parameters": rope, "dtype": dtype}
+
+
+def make_model(
+    path: Path | str,
+    family: str = "qwen3",
+    *,
+    seed: int = 0,
+    tokenizer: bool = False,
+    form: str = "4.x",
+    dtype: str = "float32",
+    shards: int = 1,
+    generation_config: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> Path:
+    """Write a random model of `family` ("qwen3", "qwen2" or "llama") to the directory `path` and return it.
+
+    Args:
+        seed: of the weights.
+        tokenizer: also write a tokenizer; the vocabulary is then its size (unless overridden), EOS is <|im_end|>.
+        form: keys of config.json as transformers "4.x" or "5.x" writes them.
+        dtype: type of the stored weights.
+        shards: files the weights are spread over; more than one comes with an index.
+        generation_config: content of generation_config.json, which is not written when None.
+        overrides: config.json keys under their 4.x names.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    if tokenizer:
+        write_tokenizer(path)
+        sizes = {"vocab_size": len(_tokenizer().get_vocab()), "eos_token_id": _tokenizer().token_to_id(IM_END)}
+        overrides = {**sizes, **overrides}
+    config = make_config(family, form=form, dtype=dtype, **overrides)
+    (path / "config.json").write_text(json.dumps(config, indent=1))
+    if generation_config is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation_config))
+    tensors = make_weights(config, seed, getattr(torch, dtype))
+    write_weights(path, tensors, shards)
+    return path
+
+
+def make_weights(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Random tensors under their checkpoint names.
+
+    Weights are large enough that attention decides the next token and the best logit stands clear of rounding.
+    """
+    family, hidden, inner = config["model_type"], config["hidden_size"], config["intermediate_size"]
+    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    biased = config.get("attention_bias", False)
+    qkv_bias, mlp_bias = biased or family == "qwen2", config.get("mlp_bias", False)
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def normal(name: str, *shape: int, std: float, mean: float = 0.0) -> None:
+        tensors[name] = (torch.randn(*shape, generator=generator) * std + mean).to(dtype)
+
+    def linear(name: str, rows: int, columns: int, bias: bool) -> None:
+        normal(f"{name}.weight", rows, columns, std=1.5 / math.sqrt(columns))
+        if bias:
+            normal(f"{name}.bias", rows, std=0.3)
+
+    normal("model.embed_tokens.weight", config["vocab_size"], hidden, std=0.3)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        for projection, rows in (("q", q), ("k", kv), ("v", kv)):
+            linear(f"{layer}.self_attn.{projection}_proj", rows, hidden, qkv_bias)
+        linear(f"{layer}.self_attn.o_proj", hidden, q, biased)
+        if family == "qwen3":
+            normal(f"{layer}.self_attn.q_norm.weight", head_dim, std=0.2, mean=1.5)
+            normal(f"{layer}.self_attn.k_norm.weight", head_dim, std=0.2, mean=1.5)
+        for projection, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+            linear(f"{layer}.mlp.{projection}_proj", rows, columns, mlp_bias)
+        normal(f"{layer}.input_layernorm.weight", hidden, std=0.1, mean=1.0)
+        normal(f"{layer}.post_attention_layernorm.weight", hidden, std=0.1, mean=1.0)
+    normal("model.norm.weight", hidden, std=0.1, mean=1.0)
+    if not config.get("tie_word_embeddings"):
+        normal("lm_head.weight", config["vocab_size"], hidden, std=0.5)
+    return tensors
+
+
+def write_weights(path: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:
+    """Write `tensors` as one safetensors file, or as several with an index."""
+    if shards == 1:
+        save_file(tensors, str(path / "model.safetensors"), metadata={"format": "pt"})
+        return
+    names = list(tensors)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        save_file(part, str(path / file), metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@cache
+def _tokenizer() -> Any:
+    """Byte-level BPE of 259 + 40 or so tokens: any text can be encoded, and any bytes can come out of a random model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[END_OF_TEXT, IM_START, IM_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "the quick brown fox jumps over the lazy dog and then there is the other thing, user assistant system\n"
+    tokenizer.train_from_iterator([text] * 4, trainer)
+    return tokenizer
+
+
+def write_tokenizer(path: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json, as a Qwen model has them."""
+    _tokenizer().save(str(path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": IM_END,
+        "pad_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 131072,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
