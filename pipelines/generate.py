@@ -26,6 +26,7 @@ if __name__ == "__main__":  # run as a script: the repository is the root of imp
 
 import pyarrow as pa
 
+from cluster.placement import Placement, local_gpus, place
 from nanovllm import UserError
 from pipelines.commit import JobFile, OutputDirectory, RecordLog, output_schema, read_records
 from pipelines.counts import COUNTED, Counts, count_rows
@@ -206,18 +207,18 @@ def run_job(job: Job, output: OutputDirectory) -> None:
     resumed_rows = total_rows - sum(shard.rows for shard in pending)
     progress = Progress(total_rows, resumed_rows, job.config.run.progress_s)
     if not pending:
-        Run(job, output, None, (1, 1), 0, progress).finish(resumed_rows, total_rows)
+        Run(job, output, None, None, progress).finish(resumed_rows, total_rows)
         return
     if _ray_address() == "local":  # the cluster is this machine: what it lacks is refused before it starts
-        _check_gpu(job.config, _local_gpus())
+        _place(job.config, local_gpus())
         owner = _take_possession(job, output, pending)
     with _ray():
-        actors, gpus = _pool(job.config)
+        placement = _place_on_cluster(job.config)
         if _ray_address() != "local":
             owner = _take_possession(job, output, pending)
         if resumed_rows:
             print(f"resuming: {resumed_rows:,} of {total_rows:,} rows are already committed", flush=True)
-        run = Run(job, output, owner, actors, gpus, progress)
+        run = Run(job, output, owner, placement, progress)
         run.execute(pending)
     run.finish(resumed_rows, total_rows)
 
@@ -284,34 +285,15 @@ def _stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _local_gpus() -> float:
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+def _place(config: JobConfig, gpus: float) -> Placement:
+    return place(config.engine, config.run.replicas, config.run.num_gpus, gpus)
 
 
-def _check_gpu(config: JobConfig, gpus: float) -> None:
-    if config.engine.device == "cuda" and config.run.num_gpus is None and gpus < config.engine.tensor_parallel_size:
-        raise UserError(
-            f"engine.device=cuda with tensor_parallel_size={config.engine.tensor_parallel_size} needs as many GPUs, and "
-            f"Ray has {gpus:g}; use engine.device=auto or cpu, or set run.num_gpus to wait for an autoscaler"
-        )
-
-
-def _pool(config: JobConfig) -> tuple[tuple[int, int], float]:
-    """Least and most actors, and the GPUs of each, on the cluster that Ray is connected to."""
+def _place_on_cluster(config: JobConfig) -> Placement:
+    """Where the job's engines go on the cluster that Ray is connected to."""
     import ray
 
-    cluster_gpus = ray.cluster_resources().get("GPU", 0)
-    _check_gpu(config, cluster_gpus)
-    gpus = config.run.num_gpus
-    if gpus is None:
-        on_gpu = config.engine.device != "cpu" and cluster_gpus >= config.engine.tensor_parallel_size
-        gpus = float(config.engine.tensor_parallel_size) if on_gpu else 0.0
-    if config.run.replicas != "auto":
-        return config.run.replicas, gpus
-    replicas = max(1, int(cluster_gpus // gpus)) if gpus else 1
-    return (replicas, replicas), gpus
+    return _place(config, ray.cluster_resources().get("GPU", 0))
 
 
 class Run:
@@ -322,16 +304,14 @@ class Run:
         job: Job,
         output: OutputDirectory,
         owner: JobFile | None,
-        actors: tuple[int, int],
-        gpus: float,
+        placement: Placement | None,
         progress: Progress,
     ) -> None:
         self._job = job
         self._config = job.config
         self._output = output
         self._owner = owner
-        self._actors = actors
-        self._gpus = gpus
+        self._placement = placement or Placement(0, 0, 0)  # nothing left to run: only the end of the job is done again
         self._progress = progress
         self._ledger = RecordLog(output.ledger())
         self._unwritten: list[ShardResult] = []
@@ -392,7 +372,7 @@ class Run:
             self._job.dataset.root,
             self._job.dataset.format,
             self._job.schema,
-            None if self._gpus else -(-self._actors[1] // nodes),
+            None if self._placement.num_gpus else -(-self._placement.max_actors // nodes),
         )
         at_once = self._config.run.shards_in_flight
         dataset = ray.data.from_items(
@@ -402,10 +382,10 @@ class Run:
             fn_constructor_args=(task, board),
             batch_size=1,
             num_cpus=self._config.run.num_cpus,
-            num_gpus=self._gpus,
+            num_gpus=self._placement.num_gpus,
             compute=ActorPoolStrategy(
-                min_size=self._actors[0],
-                max_size=self._actors[1],
+                min_size=self._placement.min_actors,
+                max_size=self._placement.max_actors,
                 max_concurrent_calls_per_actor=at_once,
                 max_tasks_in_flight_per_actor=at_once + 1,
             ),
@@ -553,9 +533,10 @@ def _show_demo(output: OutputDirectory, config: JobConfig, shards: Sequence[Shar
             right += (text or "").strip() == answer.strip()
             if len(shown) < 8 and rows % 7 == 1:
                 shown.append((question, text, answer))
-    print("\nsome rows:")
+    print("\nsome rows (without the instruction that all of them share):")
     for question, text, answer in shown:
-        print(f"  {question!r:46} -> {text!r}{'' if text.strip() == answer.strip() else f'   (wanted {answer!r})'}")
+        row = " ".join(question.split("\n", 1)[-1].split())
+        print(f"  {row}  ->  {text}{'' if (text or '').strip() == answer.strip() else f'   (wanted {answer})'}")
     print(f"accuracy {right / rows:.2%} ({right:,} of {rows:,} answers right)")
     report = output.run.child("report.html")
     if exists(report):

@@ -57,16 +57,63 @@ N_PROMPTS = 3000
 
 MONTHS = list(calendar.month_name)[1:]
 WEEKDAYS = list(calendar.day_name)
-ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
-ORDINALS = (
-    "zeroth first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth "
-    "fifteenth sixteenth seventeenth eighteenth nineteenth twentieth twenty-first twenty-second twenty-third "
-    "twenty-fourth twenty-fifth twenty-sixth twenty-seventh twenty-eighth twenty-ninth thirtieth thirty-first"
-).split()
+ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+TENS = ["-", "-", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+ORDINALS = [
+    "zeroth",
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "fifth",
+    "sixth",
+    "seventh",
+    "eighth",
+    "ninth",
+    "tenth",
+    "eleventh",
+    "twelfth",
+    "thirteenth",
+    "fourteenth",
+    "fifteenth",
+    "sixteenth",
+    "seventeenth",
+    "eighteenth",
+    "nineteenth",
+    "twentieth",
+    "twenty-first",
+    "twenty-second",
+    "twenty-third",
+    "twenty-fourth",
+    "twenty-fifth",
+    "twenty-sixth",
+    "twenty-seventh",
+    "twenty-eighth",
+    "twenty-ninth",
+    "thirtieth",
+    "thirty-first",
+]
 CARRIERS = [
     "the meeting took place on {}, after a long delay",
     "the letter was signed on {}, in the presence of two witnesses",
@@ -87,10 +134,12 @@ class Day:
 
     @property
     def valid(self) -> bool:
+        """Whether the calendar has this day."""
         return self.day <= calendar.monthrange(self.year, self.month)[1]
 
     @property
     def answer(self) -> str:
+        """What the model should say."""
         return f"{self.year:04d}-{self.month:02d}-{self.day:02d}" if self.valid else INVALID
 
     def weekday(self, rng: random.Random) -> str:
@@ -365,7 +414,7 @@ class Batch:
 
 def encode(tokenizer: Tokenizer, train: list[Example], chat: bool) -> tuple[list[int], list[tuple[list[int], int]]]:
     """The shared prefix, and per example the ids after it (prompt, answer, end of turn) with the prompt's length."""
-    end = tokenizer.token_to_id(IM_END)
+    end: int = tokenizer.token_to_id(IM_END)  # type: ignore[assignment]
     prompts = [chat_text(e.prompt) if chat else e.prompt for e in train]
     # Encoded apart, as in generation: the answer must not change how the prompt's end is split.
     heads = [e.ids for e in tokenizer.encode_batch(prompts, add_special_tokens=False)]
@@ -469,16 +518,18 @@ def save_model(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None
 
 
 @torch.inference_mode()
-def answer_all(
-    model: Any, tokenizer: Any, prompts: list[str], batch_size: int = 250
-) -> tuple[list[str], list[float]]:
+def answer_all(model: Any, tokenizer: Any, prompts: list[str], batch_size: int = 250) -> tuple[list[str], list[float]]:
     """Greedy answers, and for each the smallest gap between the best and the second logit over its tokens."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts, margins = [""] * len(prompts), [0.0] * len(prompts)
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
         inputs = tokenizer(
-            [prompts[i] for i in index], return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+            [prompts[i] for i in index],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
         )
         result = model.generate(
             input_ids=inputs["input_ids"],
@@ -525,7 +576,7 @@ def check(model_dir: Path, parquet: Path) -> float:
             lowest = min(lowest, accuracy)
             ranked = sorted(margins)
             print(
-                f"{str(dtype):15s} {form:5s} accuracy {accuracy:.4%} ({len(wrong)} wrong)  logit margin "
+                f"{dtype!s:15s} {form:5s} accuracy {accuracy:.4%} ({len(wrong)} wrong)  logit margin "
                 f"min {ranked[0]:.2f}, 1st percentile {ranked[len(ranked) // 100]:.2f}, "
                 f"median {ranked[len(ranked) // 2]:.2f}"
             )
@@ -566,6 +617,7 @@ def build(out: Path, steps: int, batch_size: int, lr: float, seed: int, vocab_si
 
 
 def main() -> None:
+    """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="where model/ and prompts.parquet go (default: here)")
     parser.add_argument("--steps", type=int, default=4000)

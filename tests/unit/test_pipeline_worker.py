@@ -1,0 +1,205 @@
+"""A worker without Ray: what it does with a shard that is new, half journalled, committed, changed, or deadly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import pipelines.worker
+from nanovllm import EngineDeadError, RequestOutput, SamplingParams
+from pipelines.commit import Journal, OutputDirectory, read_journal
+from pipelines.inputs import list_dataset, measure
+from pipelines.job import JobConfig, build
+from pipelines.plan import SHARD_SCHEMA, Shard, cut
+from pipelines.rows import RowResult, row_seed
+from pipelines.worker import ENGINE_DIED, ShardWorker, Task
+
+ROWS = 12
+
+
+class FakeEngine:
+    """Says back the prompt and the seed; dies of the prompt "row 5" when told to."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.max_prompt_len = 100
+        self.prompts: list[str] = []
+        self.deadly = False
+
+    def encode(self, text: str) -> list[int]:
+        return [1] * len(text)
+
+    def shutdown(self) -> None:
+        pass
+
+    def submit(self, prompt: str, params: SamplingParams) -> Future[RequestOutput]:
+        self.prompts.append(prompt)
+        future: Future[RequestOutput] = Future()
+        if self.deadly and prompt == "row 5":
+            future.set_exception(EngineDeadError("poisoned"))
+            return future
+        text = f"{prompt} {params.seed}"
+        future.set_result(
+            RequestOutput(
+                text=text,
+                token_ids=[1, 2],
+                finish_reason="stop",
+                num_input_tokens=3,
+                num_generated_tokens=2,
+                num_cached_tokens=0,
+                logprobs=None,
+                error=None,
+            )
+        )
+        return future
+
+
+class Exited(BaseException):
+    """Stands for the end of the process."""
+
+
+class Bench:
+    """A job of one file in two shards, begun by a driver."""
+
+    def __init__(self, root: Path, **settings: Any) -> None:
+        self.source = root / "in.parquet"
+        table = pa.table({"id": list(range(ROWS)), "prompt": [f"row {number}" for number in range(ROWS)]})
+        pq.write_table(table, self.source, row_group_size=7)
+        values = {"model": "m", "input": str(self.source), "output": str(root / "out"), **settings}
+        self.config: JobConfig = build(values)
+        dataset = list_dataset(self.config.input)
+        schema, facts = measure(dataset)
+        self.shards = list(cut(dataset.files, facts, 6, 6))
+        self.output = OutputDirectory(self.config.output)
+        owner = self.output.create({}, dataset.format, schema, self.shards)
+        self.task = Task(self.config.as_dict(), owner.token, dataset.root, dataset.format, schema, None)
+
+    def worker(self) -> tuple[ShardWorker, FakeEngine]:
+        worker = ShardWorker(self.task, None)  # type: ignore[arg-type]
+        return worker, worker._engine  # type: ignore[return-value]
+
+    def work(self, worker: ShardWorker, shard: Shard) -> dict[str, Any]:
+        """Call the worker as Ray Data does: with a batch of one row of numpy columns."""
+        batch = {name: np.array([getattr(shard, name)]) for name in SHARD_SCHEMA.names}
+        (result,) = asyncio.run(worker(batch))["result"]
+        return json.loads(result)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    def leave(status: int) -> None:
+        raise Exited(status)
+
+    monkeypatch.setattr(pipelines.worker, "AsyncLLM", FakeEngine)
+    monkeypatch.setattr(pipelines.worker, "_report_regularly", lambda worker, board: None)
+    monkeypatch.setattr(pipelines.worker.os, "_exit", leave)
+    return Bench(tmp_path, run={"write_retries": 0, "max_engine_deaths": 2})
+
+
+def expected_texts(shard: Shard) -> list[str]:
+    numbers = range(shard.first_row, shard.first_row + shard.rows)
+    return [f"row {number} {row_seed(0, 'in.parquet', number, 0)}" for number in numbers]
+
+
+def test_shards_are_committed_with_their_counts(bench: Bench) -> None:
+    worker, _ = bench.worker()
+    for shard in bench.shards:
+        result = bench.work(worker, shard)
+        assert (result["status"], result["reused_rows"], result["counts"]["rows"]) == ("done", 0, shard.rows)
+        assert result["counts"]["generated_tokens"] == 2 * shard.rows
+        table = bench.output.read_part(shard.index, ["id", "generated_text"])
+        assert table["generated_text"].to_pylist() == expected_texts(shard)
+    bench.output.finish(bench.shards)
+
+
+def test_journalled_rows_are_not_generated_again(bench: Bench) -> None:
+    shard = bench.shards[1]
+    journal = Journal(bench.output.journal(shard.index))
+    for position in (0, 3):
+        journal.add(position, RowResult(f"kept {position}", "length", 3, 2, 0, None))
+    journal.flush()
+    worker, engine = bench.worker()
+    result = bench.work(worker, shard)
+    assert (result["status"], result["reused_rows"]) == ("done", 2)
+    assert len(engine.prompts) == shard.rows - 2
+    texts = bench.output.read_part(shard.index, ["generated_text"])["generated_text"].to_pylist()
+    wanted = expected_texts(shard)
+    wanted[0], wanted[3] = "kept 0", "kept 3"
+    assert texts == wanted
+    assert read_journal(bench.output.journal(shard.index), shard.rows) == {}
+
+
+def test_a_committed_shard_is_not_done_again(bench: Bench) -> None:
+    worker, engine = bench.worker()
+    first = bench.work(worker, bench.shards[0])
+    done = len(engine.prompts)
+    again = bench.work(worker, bench.shards[0])
+    assert len(engine.prompts) == done
+    assert (again["status"], again["reused_rows"], again["counts"]) == ("done", bench.shards[0].rows, first["counts"])
+
+
+def test_a_changed_or_missing_file_fails_its_shards(bench: Bench) -> None:
+    worker, _ = bench.worker()
+    data = bench.source.read_bytes()
+    bench.source.write_bytes(data + b"x")
+    result = bench.work(worker, bench.shards[0])
+    assert result["status"] == "failed"
+    assert f"had {len(data)} bytes when it was planned and has {len(data) + 1} bytes" in result["reason"]
+    bench.source.unlink()
+    assert "is gone" in bench.work(worker, bench.shards[0])["reason"]
+
+
+def test_a_store_that_refuses_is_fatal_and_harms_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, _ = bench.worker()
+    bench.work(worker, bench.shards[0])
+
+    def full(index: int, table: pa.Table) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(worker._output, "commit", full)
+    result = bench.work(worker, bench.shards[1])
+    assert (result["status"], result["counts"]) == ("fatal", None)
+    assert "no space left" in result["reason"]
+    assert bench.output.committed() == {0}
+
+
+def test_a_dead_engine_ends_the_process_and_keeps_what_is_finished(bench: Bench) -> None:
+    shard = bench.shards[0]
+    for death in (1, 2):
+        worker, engine = bench.worker()
+        engine.deadly = True
+        with pytest.raises(Exited) as left:
+            bench.work(worker, shard)
+        assert left.value.args == (ENGINE_DIED,)
+        assert bench.output.death_reasons(shard.index) == ["poisoned"] * death
+        assert set(read_journal(bench.output.journal(shard.index), shard.rows)) == {0, 1, 2, 3, 4, 6}
+        assert engine.prompts == ([f"row {number}" for number in range(shard.rows)] if death == 1 else ["row 5"])
+    worker, engine = bench.worker()
+    result = bench.work(worker, shard)
+    assert result["status"] == "failed"
+    assert "the engine died 2 times on it, last: poisoned" in result["reason"]
+    assert engine.prompts == []
+    bench.output.forgive([shard.index])  # as the next start does
+    assert bench.work(worker, shard)["status"] == "done"
+
+
+def test_a_directory_of_the_same_name_elsewhere_is_refused(bench: Bench) -> None:
+    with pytest.raises(ValueError, match="is not the directory that the driver wrote"):
+        ShardWorker(bench.task._replace(token="another"), None)  # type: ignore[arg-type]
+
+
+def test_columns_to_keep_need_not_hold_the_prompt(tmp_path: Path, bench: Bench) -> None:
+    (tmp_path / "second").mkdir()
+    other = Bench(tmp_path / "second", columns={"keep": ["id"], "prefix": "p_"})
+    worker, _ = other.worker()
+    other.work(worker, other.shards[0])
+    schema = pq.read_schema(other.output.part(0).path)
+    assert schema.names[:2] == ["id", "p_generated_text"]
+    assert "prompt" not in schema.names
