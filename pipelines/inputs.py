@@ -271,7 +271,7 @@ def _row_ends(data: np.ndarray, text_format: Format, blank_too: bool = False) ->
     ends = np.flatnonzero(data == ord("\n")) + 1
     if text_format == "csv":
         quotes = np.cumsum(data == ord('"'))
-        ends = ends[quotes[ends - 1] >= 0]
+        ends = ends[quotes[ends - 1] % 2 == 0]
     if blank_too or not len(ends):
         return ends
     starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
