@@ -28,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output-len", type=int, nargs=2, default=(16, 256), metavar=("MIN", "MAX"))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64], help="tried for transformers")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="torch threads of either engine (default: torch's)")
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json")
     parser.add_argument("--child", choices=["nanovllm", "transformers"], help=argparse.SUPPRESS)
     parser.add_argument("--model-dir", type=Path, help=argparse.SUPPRESS)
@@ -81,6 +82,10 @@ def run_transformers(model: Path, work: Workload, batch_size: int) -> dict[str, 
 
 
 def child(args: argparse.Namespace) -> None:
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
     work = workload(args)
     if args.child == "nanovllm":
         result = run_nanovllm(args.model_dir, work)
@@ -92,6 +97,7 @@ def child(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, engine: str, batch_size: int, model: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", engine, "--model-dir", str(model), "--shape", args.shape]
+    command += ["--threads", str(args.threads)] if args.threads else []
     command += ["--num-seqs", str(args.num_seqs), "--batch-sizes", str(batch_size)]
     command += ["--input-len", *map(str, args.input_len), "--output-len", *map(str, args.output_len)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -132,6 +138,7 @@ def main() -> None:
         "benchmark": "compare_hf",
         "shape": args.shape,
         "num_seqs": args.num_seqs,
+        "threads": args.threads,
         "output_tokens": tokens,
         "nanovllm": summary(ours, tokens),
         "transformers": summary(theirs, tokens)

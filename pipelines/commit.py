@@ -110,7 +110,7 @@ def parse_records(data: bytes) -> Iterator[bytes]:
     while len(data) - position >= HEADER.size:
         magic, length, checksum = HEADER.unpack_from(data, position)
         payload = data[position + HEADER.size : position + HEADER.size + length]
-        if magic != MAGIC  or xxhash.xxh64_intdigest(payload) != checksum:
+        if magic != MAGIC or xxhash.xxh64_intdigest(payload) != checksum:
             return
         yield payload
         position += HEADER.size + length

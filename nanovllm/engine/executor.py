@@ -23,7 +23,7 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.model_input import ModelInput
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.model_runner import ModelRunner, resolve_device
 from nanovllm.errors import EngineDeadError, UserError
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.config import ModelConfig
@@ -101,6 +101,7 @@ class MultiprocExecutor(Executor):
     """Tensor-parallel ranks, each a child process."""
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> None:
+        resolve_device(config, 0)  # refused here at once, not by every rank after its imports
         size = config.tensor_parallel_size
         self.rendezvous_dir = Path(tempfile.mkdtemp(prefix="nanovllm-"))
         self.processes: list[subprocess.Popen[bytes]] = []

@@ -23,7 +23,7 @@ def refusal(model: Path | str, **options: Any) -> str:
     start = time.monotonic()
     with pytest.raises(UserError) as caught:
         LLM(str(model), **options)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 15
     line = str(caught.value)
     assert "\n" not in line
     assert len(line) > 20
@@ -73,7 +73,7 @@ def test_attention_backend_that_is_not_available(model_dir: Path, backend: str) 
 
 
 @NO_GPU
-def test_ranks_report_what_the_user_can_mend(model_dir: Path) -> None:
+def test_gpus_for_two_ranks_where_there_are_none(model_dir: Path) -> None:
     assert "device='cuda'" in refusal(model_dir, device="cuda", tensor_parallel_size=2)
 
 

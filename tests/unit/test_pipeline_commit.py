@@ -74,6 +74,9 @@ def test_journal_gives_back_what_was_flushed(address: str) -> None:
     first.flush()
     first.add(2, result(2))
     first.flush()
+    written = sum(entry.size for entry in children(place))
+    first.flush()  # nothing new, nothing written
+    assert sum(entry.size for entry in children(place)) == written
     first.add(0, result(0))  # never flushed
     first.close()
     first.flush()

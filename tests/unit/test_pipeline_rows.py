@@ -113,6 +113,17 @@ def test_a_text_the_tokenizer_refuses_is_an_error_row() -> None:
     ]
 
 
+def test_every_row_gets_its_own_seed() -> None:
+    class Echo(DyingEngine):
+        def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
+            future: Future[RequestOutput] = Future()
+            future.set_result({**error_output(f"{prompt} {params.seed}")})
+            return future
+
+    values: list[object] = [f"row {number}" for number in range(150)]
+    assert [row.error for row in run(Echo(), values)] == [f"{value} {row_seed(0, str(value))}" for value in values]
+
+
 def test_a_dead_engine_is_an_exception() -> None:
     with pytest.raises(EngineDeadError, match="rank 1 died"):
         run(DyingEngine(), ["a", "poison", "b"])
