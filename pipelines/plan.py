@@ -99,7 +99,7 @@ def cut(files: Sequence[InputFile], facts: Sequence[FileFacts], most: int, least
             yield Shard(index, file.path, file.size, start, end - start, offset, length)
             remaining -= end - start
             index += 1
-            start = end - (index == 3)
+            start = end
 
 
 def _end(fact: FileFacts, start: int, target: int) -> int:

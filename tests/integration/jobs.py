@@ -64,8 +64,8 @@ def run(arguments: list[str], cwd: Path, timeout: float = 200) -> subprocess.Com
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def kill_everything(process: subprocess.Popen[str]) -> None:
-    """SIGKILL the driver, its Ray and its actors at once, as a machine that loses power does."""
+def kill_everything(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL a process and all below it at once (a driver, its Ray and its actors), as a power cut does."""
     family = psutil.Process(process.pid).children(recursive=True)
     for member in [*reversed(family), psutil.Process(process.pid)]:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -193,33 +193,6 @@ def test_a_bad_shard_fails_alone_and_is_tried_again(workplace: Path, chat_model_
     assert report(output)["this_start"]["resumed_rows"] == len(finished)
 
 
-def test_jsonl_in(workplace: Path, chat_model_dir: Path) -> None:
-    source, output = workplace / "in.jsonl", workplace / "out-jsonl"
-    prompts = [f'line one {number}\nline "two"' for number in range(50)]
-    source.write_text("".join(json.dumps({"n": n, "text": text}) + "\n" for n, text in enumerate(prompts)))
-    done = run(
-        [
-            "--model",
-            str(chat_model_dir),
-            "--input",
-            str(source),
-            "--output",
-            str(output),
-            "prompt.column=text",
-            "sampling.max_tokens=3",
-            "columns.prefix=my_",
-            "columns.num_cached_tokens=true",
-        ],
-        workplace,
-    )
-    assert done.returncode == 0
-    result = table_of(output)
-    assert result["text"].to_pylist() == prompts
-    assert result["n"].to_pylist() == list(range(50))
-    assert result["my_error"].null_count == 50
-    assert "my_num_cached_tokens" in result.column_names
-
-
 def test_dry_run_shows_prompts_and_writes_nothing(workplace: Path, chat_model_dir: Path) -> None:
     source, output = workplace / "in.csv", workplace / "out-csv"
     with source.open("w", newline="") as stream:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.jobs import REPOSITORY, environment, table_of, write_prompts
+from tests.integration.jobs import REPOSITORY, environment, kill_everything, table_of, write_prompts
 
 PROGRAM = """
 import sys
@@ -68,8 +68,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     try:
         yield env
     finally:
-        process.terminate()  # --block: the node's other processes end with it
-        process.wait(timeout=60)
+        kill_everything(process)
 
 
 def free_ports(count: int) -> list[int]:
@@ -83,14 +82,17 @@ def free_ports(count: int) -> list[int]:
 
 
 def test_ray_job_submit(head: dict[str, str], tmp_path: Path, chat_model_dir: Path) -> None:
-    rows = write_prompts(tmp_path / "in", {"a.parquet": 30})
-    arguments = ["--model", str(chat_model_dir), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out"
+    prompts = [f'line one {number}\nline "two"' for number in range(50)]
+    source.write_text("".join(json.dumps({"n": n, "text": text}) + "\n" for n, text in enumerate(prompts)))
     working_dir = tmp_path / "checkout"  # what a user submits: the packages, without tests, environments and results
     working_dir.mkdir()
     for package in ("nanovllm", "pipelines"):
         (working_dir / package).symlink_to(REPOSITORY / package)
     submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", "."]
-    command = ["--", sys.executable, "pipelines/generate.py", *arguments, "sampling.max_tokens=4"]
+    command = ["--", sys.executable, "pipelines/generate.py", "--model", str(chat_model_dir)]
+    command += ["--input", str(source), "--output", str(output), "prompt.column=text", "sampling.max_tokens=3"]
+    command += ["columns.prefix=my_", "columns.num_cached_tokens=true"]
     for attempt in range(10):  # the job server comes up some seconds after the node
         done = subprocess.run(
             [*submit, *command], cwd=working_dir, env=head, capture_output=True, text=True, timeout=250, check=False
@@ -99,5 +101,9 @@ def test_ray_job_submit(head: dict[str, str], tmp_path: Path, chat_model_dir: Pa
             break
     print(done.stdout, done.stderr, (tmp_path / "head.log").read_text()[-3000:])
     assert done.returncode == 0
-    assert re.search(rf"finished: {rows} rows \(0 with an error\)", done.stdout)
-    assert table_of(tmp_path / "out")["id"].to_pylist() == list(range(rows))
+    assert "finished: 50 rows (0 with an error)" in done.stdout
+    result = table_of(output)
+    assert result["text"].to_pylist() == prompts
+    assert result["n"].to_pylist() == list(range(50))
+    assert result["my_error"].null_count == 50
+    assert "my_num_cached_tokens" in result.column_names
