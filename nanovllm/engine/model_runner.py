@@ -78,7 +78,8 @@ class ModelRunner:
             torch.cuda.set_device(self.device)
         with _default_dtype(self.dtype), self.device:
             model_class = ARCHITECTURES[model_config.architecture].load()
-            self.model = model_class(model_config, tp, self.backend, max_model_len).eval()
+            # The rotary table is made on the CPU, whatever the default device.
+            self.model = model_class(model_config, tp, self.backend, max_model_len).to(self.device).eval()
         if config.load_format == "dummy":
             init_dummy(self.model)
         else:
