@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -120,7 +121,7 @@ class ModelRunner:
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Allocate the pool of `num_blocks` blocks. Zeroed: attention reads padding slots and masks them, so all must be finite."""
         shape = (2, len(self.attention_layers), num_blocks, self.config.kvcache_block_size, self.num_kv_heads)
-        pool = torch.zeros(*shape, self.model_config.head_dim, dtype=self.dtype, device=self.device)
+        pool = _zeros((*shape, self.model_config.head_dim), self.dtype, self.device)
         for layer, k_cache, v_cache in zip(self.attention_layers, pool[0], pool[1], strict=True):
             layer.k_cache, layer.v_cache = k_cache, v_cache
 
@@ -175,6 +176,13 @@ class ModelRunner:
         )
         self.allocate_kv_cache(0)
         torch.cuda.empty_cache()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros whose host memory is taken page by page as it is written: torch's own would touch the whole pool at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _available_host_memory() -> int:
