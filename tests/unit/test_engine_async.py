@@ -68,6 +68,7 @@ def test_cancel_stops_the_request_and_frees_its_blocks(engine: AsyncLLM) -> None
     assert other.result(timeout=30)["token_ids"] == expected["token_ids"]
     wait_until(lambda: engine.stats().num_running == engine.stats().num_waiting == 0)
     assert engine.stats().kv_usage == 0
+    assert engine.stats().generated_tokens < 12 * 400 / 2, "cancelled requests ran on to their end"
     for future in futures:
         with pytest.raises(CancelledError):
             future.result(timeout=1)

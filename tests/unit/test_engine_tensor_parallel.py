@@ -6,6 +6,7 @@ That two ranks give the tokens of one is in `test_models_hf.py`.
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ import psutil
 import pytest
 
 from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams
+from nanovllm.engine.executor import MultiprocExecutor, RankReply
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +66,9 @@ def test_two_ranks_sample_as_one_and_end_with_their_engine(model_dir: Path) -> N
     rng = random.Random(0)
     prompts = [[rng.randrange(257) for _ in range(rng.randint(1, 30))] for _ in range(8)]
     params = [SamplingParams(temperature=0.9, max_tokens=16, seed=i) for i in range(8)]
+    # So hot that every token is as likely: one of the row that pads 257 tokens to two equal halves would show.
+    prompts += [[1]] * 64
+    params += [SamplingParams(temperature=1e6, max_tokens=16, seed=i) for i in range(64)]
     one = LLM(str(model_dir), kvcache_block_size=16).generate(prompts, params, use_tqdm=False)
     llm = LLM(str(model_dir), tensor_parallel_size=2, kvcache_block_size=16)
     ranks = rank_processes()
@@ -86,6 +91,22 @@ def test_ranks_end_when_the_engine_is_dropped(model_dir: Path) -> None:
     del llm
     gc.collect()
     wait_until(lambda: all(map(gone, ranks)))
+
+
+def test_the_killed_rank_is_blamed_even_if_another_complains_first() -> None:
+    """The survivors' collectives fail with it, and their words may arrive before its end is seen."""
+    executor = object.__new__(MultiprocExecutor)
+    executor.rendezvous_dir = Path("/nonexistent")
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    executor.processes = [subprocess.Popen(sleep) for _ in range(2)]
+    pairs = [multiprocessing.Pipe() for _ in range(2)]
+    executor.connections = [ours for ours, _ in pairs]
+    processes = list(executor.processes)
+    pairs[0][1].send(RankReply(error="RuntimeError: Connection closed by peer"))
+    processes[1].kill()
+    with pytest.raises(EngineDeadError, match=r"rank 1 .* was killed by SIGKILL"):
+        executor._receive_all()
+    assert all(process.poll() is not None for process in processes)
 
 
 PROGRAM = """

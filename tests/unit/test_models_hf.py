@@ -228,9 +228,7 @@ ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "llama3": {"rope_scaling": LLAMA3},
     "yarn": {"rope_scaling": YARN | {"factor": 8.0}},
-    "yarn-betas": {
-        "rope_scaling": YARN | {"factor": 8.0, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3}
-    },
+    "yarn-betas": {"rope_scaling": YARN | {"factor": 8.0, "beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 1.3}},
     "yarn-mscale": {"rope_scaling": YARN | {"factor": 8.0, "mscale": 1.0, "mscale_all_dim": 0.8, "truncate": False}},
 }
 
