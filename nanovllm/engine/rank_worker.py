@@ -5,11 +5,13 @@ It leaves when its socket closes, so no rank outlives its engine however that en
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -39,13 +41,18 @@ def build_runner(setup: RankSetup) -> ModelRunner:
 
 def serve(connection: Connection) -> None:
     """Set-up, pool size, then steps, one reply each, until the engine closes the connection."""
-    runner = build_runner(connection.recv())
-    connection.send(RankReply(runner.max_kvcache_blocks()))
-    runner.allocate_kv_cache(connection.recv())
-    connection.send(RankReply())
-    while True:
-        step = connection.recv()
-        connection.send(RankReply(runner.execute(step)))
+    setup = connection.recv()
+    try:
+        runner = build_runner(setup)
+        connection.send(RankReply(runner.max_kvcache_blocks()))
+        runner.allocate_kv_cache(connection.recv())
+        connection.send(RankReply())
+        while True:
+            step = connection.recv()
+            connection.send(RankReply(runner.execute(step)))
+    finally:
+        # The engine removes it too, but not where it was killed or dropped.
+        shutil.rmtree(Path(setup.rendezvous).parent, ignore_errors=True)
 
 
 def main() -> None:

@@ -88,9 +88,11 @@ def test_ranks_end_when_the_engine_is_dropped(model_dir: Path) -> None:
     llm = LLM(str(model_dir), tensor_parallel_size=2, kvcache_block_size=16)
     ranks = rank_processes()
     assert len(ranks) == 2
+    rendezvous = llm.executor.rendezvous_dir  # type: ignore[attr-defined]
     del llm
     gc.collect()
     wait_until(lambda: all(map(gone, ranks)))
+    assert not rendezvous.exists()
 
 
 def test_the_killed_rank_is_blamed_even_if_another_complains_first() -> None:
@@ -119,8 +121,8 @@ while True:
 """
 
 
-def test_ranks_end_when_their_parent_is_killed(model_dir: Path) -> None:
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+def test_ranks_end_when_their_parent_is_killed(model_dir: Path, tmp_path: Path) -> None:
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), TMPDIR=str(tmp_path))
     command = [sys.executable, "-c", PROGRAM, str(model_dir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
@@ -131,3 +133,4 @@ def test_ranks_end_when_their_parent_is_killed(model_dir: Path) -> None:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
         wait_until(lambda: all(map(gone, ranks)))
+    assert not list(tmp_path.glob("nanovllm-*"))
