@@ -23,7 +23,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python bench/compare_hf.py --save compare_hf
+	$(BIN)/python bench/run_all.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,15 +1,23 @@
-"""What every benchmark shares: built-in model shapes, the seed workload, and results that say where they come from."""
+"""What every benchmark shares: built-in model shapes, workloads by name, and results that say where they come from."""
 
 from __future__ import annotations
 
+import argparse
+import ast
+import atexit
+import contextlib
+import hashlib
 import json
 import os
 import platform
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +25,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "bench" / "results"
+TIMED_OUT = 124
 
 _QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -68,10 +77,46 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class Workload(NamedTuple):
-    """Prompts as token ids and the output tokens asked for, one each."""
+    """Prompts as token ids and the output tokens asked for, one each; all prompts share their first `prefix_len` tokens."""
 
     prompts: list[list[int]]
     max_tokens: list[int]
+    prefix_len: int = 0
+
+    def for_run(self, run: int) -> list[list[int]]:
+        """The prompts with another first token a run, so that no run finds those of the one before in the prefix cache."""
+        return [[run + 1, *prompt[1:]] for prompt in self.prompts]
+
+    def digest(self) -> str:
+        """Two engines with the same digest were given the same tokens."""
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest()[:16]
+
+
+class WorkloadSpec(NamedTuple):
+    """A workload by its numbers: another process makes it again from them, token for token."""
+
+    model: str
+    num_seqs: int
+    input_range: tuple[int, int]
+    output_range: tuple[int, int]
+    prefix_len: int = 0
+    max_num_seqs: int = 512
+    seed: int = 0
+
+    def make(self, vocab_size: int) -> Workload:
+        """Every prompt is the shared prefix and then `input_range` tokens of its own."""
+        work = make_workload(self.num_seqs, self.input_range, self.output_range, vocab_size, self.seed)
+        rng = random.Random(f"prefix {self.seed}")
+        prefix = [rng.randint(0, min(10000, vocab_size - 1)) for _ in range(self.prefix_len)]
+        return Workload([prefix + prompt for prompt in work.prompts], work.max_tokens, self.prefix_len)
+
+
+WORKLOADS = {
+    "seed": WorkloadSpec("qwen3-0.6b", 256, (100, 1024), (100, 1024), max_num_seqs=256),
+    "8b": WorkloadSpec("qwen3-8b", 1024, (100, 1024), (100, 1024), max_num_seqs=1024),
+    # One instruction for all rows, a short text and a short answer each.
+    "labelling": WorkloadSpec("qwen3-0.6b", 4096, (64, 256), (1, 32), prefix_len=1024, max_num_seqs=1024),
+}
 
 
 def make_workload(
@@ -84,6 +129,43 @@ def make_workload(
     return Workload(prompts, [rng.randint(*output_range) for _ in range(num_seqs)])
 
 
+def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--workload NAME`, and an option for each of its numbers."""
+    parser.add_argument("--workload", choices=sorted(WORKLOADS), default="seed", help="default: seed")
+    parser.add_argument(
+        "--model", help=f"directory, hub id or built-in shape ({', '.join(SHAPES)}); default: workload's"
+    )
+    parser.add_argument("--num-seqs", type=int)
+    parser.add_argument("--input-len", type=int, nargs=2, metavar=("MIN", "MAX"), help="tokens after the shared prefix")
+    parser.add_argument("--output-len", type=int, nargs=2, metavar=("MIN", "MAX"))
+    parser.add_argument("--prefix-len", type=int, help="tokens that all prompts share")
+    parser.add_argument("--seed", type=int)
+
+
+def workload_spec(args: argparse.Namespace) -> WorkloadSpec:
+    """The named workload with the numbers given on the command line."""
+    given = {
+        "model": args.model,
+        "num_seqs": args.num_seqs,
+        "input_range": args.input_len and tuple(args.input_len),
+        "output_range": args.output_len and tuple(args.output_len),
+        "prefix_len": args.prefix_len,
+        "seed": args.seed,
+    }
+    return WORKLOADS[args.workload]._replace(**{name: value for name, value in given.items() if value is not None})
+
+
+def name_value(text: str) -> tuple[str, Any]:
+    """`NAME=VALUE` of a command line; a value that reads as a Python literal is one."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
 def write_shape(name: str, directory: Path) -> Path:
     """A model directory with the config of a built-in shape and no weights (for `load_format=dummy`)."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -93,9 +175,11 @@ def write_shape(name: str, directory: Path) -> Path:
 
 def model_dir(model: str) -> str:
     """A built-in shape's name becomes a directory; anything else is a directory or hub id already."""
-    if model in SHAPES:
-        return str(write_shape(model, Path(tempfile.mkdtemp(prefix=f"{model}-"))))
-    return model
+    if model not in SHAPES:
+        return model
+    directory = Path(tempfile.mkdtemp(prefix=f"{model}-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return str(write_shape(model, directory))
 
 
 def provenance() -> dict[str, Any]:
@@ -103,7 +187,7 @@ def provenance() -> dict[str, Any]:
     import torch
 
     packages = ("torch", "transformers", "triton", "numpy")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = metadata.version(package)
@@ -130,6 +214,33 @@ def save(name: str, result: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**result, **provenance()}, indent=1) + "\n")
     return path
+
+
+def run_process(
+    command: list[str], timeout: float | None, environment: Mapping[str, str] | None = None, grace: float = 10
+) -> int:
+    """Run a command in a process group of its own and leave nothing of it behind, whatever happens here.
+
+    It gets SIGTERM and `grace` seconds to end what it started elsewhere. Returns its exit status, or `TIMED_OUT`.
+    """
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return TIMED_OUT
+    finally:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(grace)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack, so that `run_process` ends what it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _processor() -> str:

@@ -1,88 +1,119 @@
-"""Output tokens a second of the bare engine on a random workload; the defaults are the seed's job (256 sequences, 100 to 1024
-tokens in and out, temperature 0.6). `python bench/throughput.py --model qwen3-0.6b --load-format dummy`."""
+"""Output tokens a second of the bare engine on a workload by name, beside the least time any engine needs.
+
+`python bench/throughput.py` runs the seed's job (256 sequences, 100 to 1024 tokens in and out, temperature 0.6) on random
+weights of Qwen3-0.6B's shape; `--workload labelling --save labelling` another one.
+"""
 
 from __future__ import annotations
 
 import argparse
-import resource
+import json
 import statistics
 import time
-from typing import Any
+from pathlib import Path
 
-from common import SHAPES, make_workload, model_dir, save
+from common import SHAPES, Workload, add_workload_arguments, model_dir, name_value, save, workload_spec
+from engines import NanoVLLM, memory, timed_runs, warm_up
+from roofline import add_ceiling_arguments, engine_roofline
+from trace_summary import profile_steps
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model", default="qwen3-0.6b", help=f"directory, hub id or built-in shape: {', '.join(SHAPES)}"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_workload_arguments(parser)
+    add_ceiling_arguments(parser)
     parser.add_argument(
         "--load-format", choices=["auto", "dummy"], help="dummy: random weights (default for built-in shapes)"
     )
-    parser.add_argument("--num-seqs", type=int, default=256)
-    parser.add_argument("--input-len", type=int, nargs=2, default=(100, 1024), metavar=("MIN", "MAX"))
-    parser.add_argument("--output-len", type=int, nargs=2, default=(100, 1024), metavar=("MIN", "MAX"))
     parser.add_argument("--temperature", type=float, default=0.6)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="an engine option; repeatable"
+        "--option",
+        type=name_value,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an engine option; repeatable",
     )
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="profile one more run; write a summary as JSON")
+    parser.add_argument("--profile-steps", type=int, default=50, help="steps of it, from the middle of the run")
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.runs < 1:
+        parser.error("--runs must be at least 1")
+    return args
 
 
-def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = dict(option.split("=", 1) for option in args.option)
-    options["load_format"] = args.load_format or ("dummy" if args.model in SHAPES else "auto")
-    return options
+def profile(engine: NanoVLLM, args: argparse.Namespace, work: Workload, steps: int) -> None:
+    """One more run of the workload under the profiler."""
+    prompts = work.for_run(args.runs)
+    summary = profile_steps(
+        engine.llm,
+        lambda: engine.generate(prompts, work.max_tokens, args.temperature),
+        steps,
+        args.profile_steps,
+    )
+    args.profile.write_text(json.dumps(summary, indent=1) + "\n")
+    busy, families = summary["gpu_busy_fraction"], summary["seconds_by_family"]
+    print(f"profile of {summary['steps']} steps: GPU busy {busy:.1%}, seconds {families}; {args.profile}", flush=True)
 
 
 def main() -> None:
     args = parse_args()
-    from nanovllm import LLM, SamplingParams
-
+    spec = workload_spec(args)
+    options = {"max_num_seqs": spec.max_num_seqs, "load_format": "dummy" if spec.model in SHAPES else "auto"}
+    options |= dict(args.option)
+    if args.load_format:
+        options["load_format"] = args.load_format
     start = time.perf_counter()
-    llm = LLM(model_dir(args.model), **engine_options(args))
+    engine = NanoVLLM("nanovllm", model_dir(spec.model), options)
     load_s = time.perf_counter() - start
-    work = make_workload(
-        args.num_seqs, tuple(args.input_len), tuple(args.output_len), llm.model_config.vocab_size, args.seed
-    )
-    params = [SamplingParams(temperature=args.temperature, max_tokens=n, ignore_eos=True) for n in work.max_tokens]
-    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4), use_tqdm=False)
-    seconds = []
-    for run in range(args.runs):
-        # Another first token a run, so that no run finds the prompts of the one before in the prefix cache.
-        prompts = [[run + 1, *prompt[1:]] for prompt in work.prompts]
-        start = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        seconds.append(time.perf_counter() - start)
-        failed = [output["error"] for output in outputs if output["error"]]
-        if failed:
-            raise SystemExit(f"{len(failed)} prompts failed, the first with: {failed[0]}")
-        print(f"run {run}: {sum(work.max_tokens) / seconds[-1]:.1f} output tok/s in {seconds[-1]:.2f} s", flush=True)
+    llm = engine.llm
+    work = spec.make(llm.model_config.vocab_size)
+    warm_up(engine, args.temperature)
+    steps = llm.stats().steps
+    seconds = timed_runs(engine, work, args.runs, args.temperature)
+    steps = (llm.stats().steps - steps) // args.runs
     median = statistics.median(seconds)
+    input_tokens, output_tokens = sum(map(len, work.prompts)), sum(work.max_tokens)
+    used = memory()
+    engine_options = llm.config.model_dump(exclude={"model"})
     result = {
         "benchmark": "throughput",
-        "model": args.model,
-        "engine_options": llm.config.model_dump(exclude={"model"}),
-        "num_seqs": args.num_seqs,
-        "input_tokens": sum(map(len, work.prompts)),
-        "output_tokens": sum(work.max_tokens),
+        "workload": args.workload,
+        "model": spec.model,
+        "engine_options": engine_options,
+        "num_seqs": spec.num_seqs,
+        "prefix_len": spec.prefix_len,
+        "temperature": args.temperature,
+        "digest": work.digest(),
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
         "load_s": round(load_s, 2),
         "seconds": [round(s, 3) for s in seconds],
-        "output_tokens_per_s": round(sum(work.max_tokens) / median, 1),
-        "total_tokens_per_s": round((sum(work.max_tokens) + sum(map(len, work.prompts))) / median, 1),
+        "median_s": round(median, 3),
+        "output_tokens_per_s": round(output_tokens / median, 1),
+        "total_tokens_per_s": round((output_tokens + input_tokens) / median, 1),
+        "rows_per_s": round(spec.num_seqs / median, 2),
+        "steps": steps,
         "preemptions": llm.stats().preemptions,
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "cached_tokens": llm.stats().cached_tokens // args.runs,
+        **used,
     }
     print(
-        f"median: {result['output_tokens_per_s']} output tok/s, loaded in {load_s:.1f} s, peak RSS {result['peak_rss_mib']} MiB"
+        f"median: {result['output_tokens_per_s']} output tok/s, {result['rows_per_s']} rows/s; loaded in {load_s:.1f} s, "
+        f"{result['preemptions']} preemptions, MiB {used}"
     )
+    # The ceilings are a GPU's; a CPU has none here.
+    if "gpu_used_mib" in used and engine_options["device"] != "cpu":
+        limit = engine_roofline(llm.model_config, work, engine_options, args).as_dict(median)
+        result |= limit
+        print(f"roofline: {limit}")
+    if args.profile:
+        profile(engine, args, work, steps)
     if args.save:
         print(save(args.save, result))
-    llm.exit()
+    engine.close()
 
 
 if __name__ == "__main__":
