@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
+
+from nanovllm.kernels import activation
+from nanovllm.kernels.triton_compat import use_triton
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """SwiGLU's gate: [T, 2 * I] holding gate and up side by side -> silu(gate) * up, [T, I]."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return activation.silu_and_mul(x) if use_triton(x) else activation.silu_and_mul_torch(x)

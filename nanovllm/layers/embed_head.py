@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nanovllm.kernels.embedding import embedding_shard, embedding_shard_torch
+from nanovllm.kernels.triton_compat import use_triton
 from nanovllm.layers.parallel import TensorParallel
 
 
@@ -30,10 +32,8 @@ class VocabParallelEmbedding(nn.Module):
         """[T] token ids -> [T, hidden_size]."""
         if self.tp.size == 1:
             return F.embedding(token_ids, self.weight)
-        local = token_ids - self.start
-        mine = (local >= 0) & (local < self.rows)
-        hidden = F.embedding(local.clamp(0, self.rows - 1), self.weight) * mine.unsqueeze(-1)
-        return self.tp.all_reduce(hidden)
+        lookup = embedding_shard if use_triton(token_ids) else embedding_shard_torch
+        return self.tp.all_reduce(lookup(token_ids, self.weight, self.start))
 
 
 class ParallelLMHead(VocabParallelEmbedding):

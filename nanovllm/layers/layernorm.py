@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+
+from nanovllm.kernels.layernorm import add_rms_norm, add_rms_norm_torch
+from nanovllm.kernels.triton_compat import use_triton
 
 
 class RMSNorm(nn.Module):
@@ -17,12 +19,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., size] -> [..., size] in the type of `x`."""
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+        return self.add_norm(x, None)[0]
 
     def add_norm(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Add `residual` (where there is one) to `x`; return the sum's norm and the sum, both shaped as `x`."""
-        if residual is not None:
-            x = x + residual
-        return self(x), x
+        kernel = add_rms_norm if use_triton(x) else add_rms_norm_torch
+        return kernel(x, residual, self.weight, self.eps)

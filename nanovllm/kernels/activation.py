@@ -1,0 +1,37 @@
+"""SwiGLU's gate in one pass: silu(gate) * up. Called by `layers.activation`; I is the intermediate size."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from nanovllm.kernels.triton_compat import tl, triton
+
+
+def silu_and_mul_torch(x: torch.Tensor) -> torch.Tensor:
+    """[T, 2 * I] holding gate and up side by side -> silu(gate) * up, [T, I]."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """See `silu_and_mul_torch`."""
+    tokens, size = x.shape[0], x.shape[1] // 2
+    assert x.stride(1) == 1
+    out = torch.empty(tokens, size, dtype=x.dtype, device=x.device)
+    _silu_and_mul_kernel[(tokens, triton.cdiv(size, 1024))](x, out, x.stride(0), size, BLOCK=1024, num_warps=4)
+    return out
+
+
+@triton.jit
+def _silu_and_mul_kernel(x_ptr, out_ptr, stride_x, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    gate = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0)
+    up = tl.load(x_ptr + row * stride_x + size + column, mask=inside, other=0.0)
+    dtype = gate.dtype
+    gate = gate.to(tl.float32)
+    # Rounded before the product, as torch's two operations do.
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(out_ptr + row * size + column, (silu * up.to(tl.float32)).to(dtype), mask=inside)
