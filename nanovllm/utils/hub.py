@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 from nanovllm.errors import UserError
@@ -28,6 +29,12 @@ def resolve_model(model: str) -> Path:
         raise UserError(
             f"model directory {model!r} does not exist; give a directory that holds config.json, or a hub id"
         )
+    return _download(model)
+
+
+@cache
+def _download(model: str) -> Path:
+    """The snapshot of a hub id. Asked once a process: it is a network call, and all of an engine must see one snapshot."""
     from huggingface_hub import snapshot_download
 
     try:

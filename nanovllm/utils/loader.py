@@ -1,27 +1,58 @@
 """Safetensors in, parameters filled. The loader knows no model: each parameter's `weight_loader` takes its own shard, and the
-model's `packed_modules` maps checkpoint names to fused parameters. Preflight checks use the headers alone."""
+model's `packed_modules` maps checkpoint names to fused parameters. Preflight checks use the headers alone.
+
+The files are memory-mapped and several threads read them, so the host holds the checkpoint once, as reclaimable page cache.
+On a GPU a reader's copies go through two small pinned buffers of its own, and only this rank's shards are copied.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import os
 import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from safetensors import safe_open
+import xxhash
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from nanovllm.errors import UserError
 from nanovllm.layers.linear import ColumnParallelLinear
 from nanovllm.models.decoder import CausalLM
 
+# Readers of one checkpoint: more do not fill a PCIe bus faster.
+MAX_READERS = 8
+# One of a reader's two staging buffers: long against the start of a copy, small against the host's memory.
+STAGING_BYTES = 8 << 20
+# Linux reads no more for one request than the disk takes in one (512 KiB and up).
+PREFETCH_BYTES = 512 << 10
+
 
 class TensorInfo(NamedTuple):
-    """One tensor of a checkpoint: the file that holds it and its shape."""
+    """One tensor of a checkpoint: the file that holds it, its shape, and the bytes of the file that it is."""
 
     file: Path
     shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class LoadReport(NamedTuple):
+    """What a load took: bytes of the parameters filled (this rank's), and seconds."""
+
+    bytes: int
+    seconds: float
 
 
 def checkpoint_files(model_dir: Path) -> list[Path]:
@@ -65,7 +96,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        tensors = {name: TensorInfo(file, tuple(entry["shape"])) for name, entry in header.items()}
+        tensors = {
+            name: TensorInfo(file, tuple(entry["shape"]), *(8 + length + offset for offset in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError, struct.error):
         raise UserError(
             f"{file} is truncated or not safetensors: its header cannot be read; download it again"
@@ -106,28 +140,167 @@ def check_checkpoint(model_dir: Path, model: CausalLM) -> None:
             )
 
 
-def load_model(model: CausalLM, model_dir: Path) -> None:
-    """Fill `model`'s parameters with this rank's shards of the checkpoint in `model_dir`."""
+def load_model(model: CausalLM, model_dir: Path) -> LoadReport:
+    """Fill `model`'s parameters, on whatever device they are, with this rank's shards of the checkpoint in `model_dir`.
+
+    Raises:
+        UserError: files missing or broken. What is in them, `check_checkpoint` has compared before.
+    """
+    started = time.perf_counter()
     params = dict(model.named_parameters(remove_duplicate=False))
-    for file in checkpoint_files(model_dir):
-        with safe_open(str(file), framework="pt", device="cpu") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a safe_open handle is no mapping
-                if _ignored(name, model):
-                    continue
-                target, part = _parameter_name(name, model)
-                param = params[target]
-                loader = getattr(param, "weight_loader", _copy)
-                loader(param, tensors.get_tensor(name), part)
+    device = model.lm_head.weight.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the parameters were made on another stream than the readers'
+    with ExitStack() as stack:
+        jobs = []
+        for file in checkpoint_files(model_dir):
+            header = read_header(file)
+            tensors, descriptor = _open(file, stack)
+            for name, info in header.items():
+                if not _ignored(name, model):
+                    target, part = _parameter_name(name, model)
+                    jobs.append(_Job(tensors, descriptor, name, info, params[target], part))
+        # The largest first, so that no reader is left alone with one at the end.
+        todo = deque(sorted(jobs, key=lambda job: job.info.start - job.info.stop))
+        readers = _num_readers(device)
+        with ThreadPoolExecutor(readers, thread_name_prefix="nanovllm-load") as pool:
+            try:
+                for done in [pool.submit(_read, todo, device) for _ in range(readers)]:
+                    done.result()
+            finally:
+                todo.clear()  # one failed, or Ctrl-C: the others end with the tensor they are at
+    return LoadReport(sum(param.nbytes for param in set(params.values())), time.perf_counter() - started)
 
 
 def init_dummy(model: nn.Module, seed: int = 0) -> None:
-    """Small random weights (std 0.02; norms stay one), for benchmarks that only need true shapes."""
-    for param in model.parameters():
+    """Small random weights (std 0.02; norms one, biases zero), for benchmarks that only need true shapes.
+
+    A parameter's values follow from `seed` and its name, whatever the others are; nothing waits for the device.
+    """
+    for name, param in model.named_parameters():
         if param.dim() > 1:
-            generator = torch.Generator(device=param.device).manual_seed(seed)
+            own_seed = xxhash.xxh64_intdigest(name.encode(), seed=seed) >> 1
+            generator = torch.Generator(device=param.device).manual_seed(own_seed)
             param.data.normal_(0.0, 0.02, generator=generator)
-        elif not bool((param.data == 1).all()):
-            param.data.zero_()
+        else:
+            param.data.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+class _Job(NamedTuple):
+    """One tensor to read: from where, and into which parameter (`part` of it, where it is fused)."""
+
+    tensors: Any  # safe_open's handle, which threads may share
+    descriptor: int
+    name: str
+    info: TensorInfo
+    param: nn.Parameter
+    part: str | None
+
+
+class _StagedCopies(TorchFunctionMode):
+    """In its context `param.copy_(host_tensor)` onto `device` goes through pinned buffers, on a stream of this reader.
+
+    A copy straight from mapped memory would keep the reader in the driver until it is done, one reader at a time, and
+    would convert types on the host. Here one buffer is filled while the other's copy runs, and the device converts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.buffers = itertools.cycle([(_pinned(STAGING_BYTES), torch.cuda.Event()) for _ in range(2)])
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Copies that can be staged are; everything else runs as it is."""
+        if func is torch.Tensor.copy_ and len(args) == 2 and self._can_stage(*args):
+            return self._copy(*args)
+        return func(*args, **(kwargs or {}))
+
+    def _can_stage(self, target: torch.Tensor, source: torch.Tensor) -> bool:
+        if target.device != self.device or source.device.type != "cpu" or target.shape != source.shape:
+            return False
+        return source.dim() > 0 and source.stride(-1) == 1 and _row_bytes(source) <= STAGING_BYTES
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        rows = STAGING_BYTES // max(1, _row_bytes(source))
+        for start in range(0, len(source), rows):
+            piece = source[start : start + rows]
+            buffer, sent = next(self.buffers)
+            sent.synchronize()  # its last copy
+            staged = buffer[: piece.nbytes].view(piece.dtype).view(piece.shape)
+            # NumPy copies in this thread and without the GIL; torch would start a team of threads for every reader.
+            np.copyto(staged.view(torch.uint8).numpy(), piece.view(torch.uint8).numpy())
+            if piece.dtype != target.dtype:
+                staged = staged.to(self.device, non_blocking=True)
+            target[start : start + rows].copy_(staged, non_blocking=True)
+            sent.record(self.stream)
+        return target
+
+
+def _read(todo: deque[_Job], device: torch.device) -> None:
+    """One reader: takes tensors off `todo` until there are none, and returns when its copies are done."""
+    # Inference mode is a thread's own, and parameters made in it may be written in it alone.
+    with torch.inference_mode(), _copies_to(device):
+        while True:
+            try:
+                job = todo.popleft()
+            except IndexError:
+                return
+            try:
+                _prefetch(job.descriptor, job.info)
+                loader = getattr(job.param, "weight_loader", _copy)
+                loader(job.param, job.tensors.get_tensor(job.name), job.part)
+            except BaseException:
+                todo.clear()
+                raise
+
+
+@contextmanager
+def _copies_to(device: torch.device) -> Iterator[None]:
+    """Staged copies where `device` is a GPU; plain ones, straight from the mapped file, on the CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    copies = _StagedCopies(device)
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(copies.stream), copies:
+            yield
+    finally:
+        copies.stream.synchronize()  # before the buffers go
+
+
+def _num_readers(device: torch.device) -> int:
+    """Readers that have a core each. On the CPU torch's own threads copy, as many a reader as it is set to."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    each = 1 if device.type == "cuda" else torch.get_num_threads()
+    return max(1, min(MAX_READERS, cores // each))
+
+
+def _open(file: Path, stack: ExitStack) -> tuple[Any, int]:
+    """Map a safetensors file, and open it for `_prefetch`; `stack` closes both."""
+    try:
+        tensors = stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a valid safetensors file ({error}); download it again") from None
+    return tensors, stack.enter_context(file.open("rb")).fileno()
+
+
+def _prefetch(descriptor: int, info: TensorInfo) -> None:
+    """Have the kernel read a tensor's bytes at once: page faults alone would fetch a cold file in small pieces."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        for start in range(info.start, info.stop, PREFETCH_BYTES):
+            os.posix_fadvise(descriptor, start, min(PREFETCH_BYTES, info.stop - start), os.POSIX_FADV_WILLNEED)
+
+
+def _pinned(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
+def _row_bytes(tensor: torch.Tensor) -> int:
+    size: int = math.prod(tensor.shape[1:]) * tensor.element_size()
+    return size
 
 
 def _copy(param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
