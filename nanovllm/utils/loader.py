@@ -35,17 +35,14 @@ from nanovllm.models.decoder import CausalLM
 MAX_READERS = 8
 # One of a reader's two staging buffers: long against the start of a copy, small against the host's memory.
 STAGING_BYTES = 8 << 20
-# Linux reads no more for one request than the disk takes in one (512 KiB and up).
-PREFETCH_BYTES = 512 << 10
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a checkpoint: the file that holds it, its shape, and the bytes of the file that it is."""
+    """One tensor of a checkpoint: the file that holds it, its shape and its size in bytes."""
 
     file: Path
     shape: tuple[int, ...]
-    start: int
-    stop: int
+    nbytes: int
 
 
 class LoadReport(NamedTuple):
@@ -97,7 +94,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         tensors = {
-            name: TensorInfo(file, tuple(entry["shape"]), *(8 + length + offset for offset in entry["data_offsets"]))
+            name: TensorInfo(file, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
             for name, entry in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, struct.error):
@@ -155,13 +152,13 @@ def load_model(model: CausalLM, model_dir: Path) -> LoadReport:
         jobs = []
         for file in checkpoint_files(model_dir):
             header = read_header(file)
-            tensors, descriptor = _open(file, stack)
+            tensors = _open(file, stack)
             for name, info in header.items():
                 if not _ignored(name, model):
                     target, part = _parameter_name(name, model)
-                    jobs.append(_Job(tensors, descriptor, name, info, params[target], part))
+                    jobs.append(_Job(tensors, name, info.nbytes, params[target], part))
         # The largest first, so that no reader is left alone with one at the end.
-        todo = deque(sorted(jobs, key=lambda job: job.info.start - job.info.stop))
+        todo = deque(sorted(jobs, key=lambda job: job.nbytes, reverse=True))
         readers = _num_readers(device)
         with ThreadPoolExecutor(readers, thread_name_prefix="nanovllm-load") as pool:
             try:
@@ -190,9 +187,8 @@ class _Job(NamedTuple):
     """One tensor to read: from where, and into which parameter (`part` of it, where it is fused)."""
 
     tensors: Any  # safe_open's handle, which threads may share
-    descriptor: int
     name: str
-    info: TensorInfo
+    nbytes: int
     param: nn.Parameter
     part: str | None
 
@@ -249,7 +245,6 @@ def _read(todo: deque[_Job], device: torch.device) -> None:
             except IndexError:
                 return
             try:
-                _prefetch(job.descriptor, job.info)
                 loader = getattr(job.param, "weight_loader", _copy)
                 loader(job.param, job.tensors.get_tensor(job.name), job.part)
             except BaseException:
@@ -278,20 +273,12 @@ def _num_readers(device: torch.device) -> int:
     return max(1, min(MAX_READERS, cores // each))
 
 
-def _open(file: Path, stack: ExitStack) -> tuple[Any, int]:
-    """Map a safetensors file, and open it for `_prefetch`; `stack` closes both."""
+def _open(file: Path, stack: ExitStack) -> Any:
+    """Map a safetensors file; `stack` closes it."""
     try:
-        tensors = stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
+        return stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
     except SafetensorError as error:
         raise UserError(f"{file} is not a valid safetensors file ({error}); download it again") from None
-    return tensors, stack.enter_context(file.open("rb")).fileno()
-
-
-def _prefetch(descriptor: int, info: TensorInfo) -> None:
-    """Have the kernel read a tensor's bytes at once: page faults alone would fetch a cold file in small pieces."""
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        for start in range(info.start, info.stop, PREFETCH_BYTES):
-            os.posix_fadvise(descriptor, start, min(PREFETCH_BYTES, info.stop - start), os.POSIX_FADV_WILLNEED)
 
 
 def _pinned(size: int) -> torch.Tensor:

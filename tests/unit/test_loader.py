@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -266,43 +267,34 @@ def test_a_failing_reader_stops_the_others_and_reaches_the_caller(
 ) -> None:
     path = make_model(tmp_path, num_hidden_layers=40)
     model = build(path)
+    failed = threading.Event()
     done = []
 
     def note(param: Any, tensor: torch.Tensor, part: str | None) -> None:
+        assert failed.wait(30)
+        time.sleep(0.05)  # the failing reader has gone on to empty the queue by now
         done.append(param)
 
     def fail(param: Any, tensor: torch.Tensor, part: str | None) -> None:
+        failed.set()
         raise UserError("no room on the device")
 
     for param in model.parameters():
         param.weight_loader = note  # type: ignore[attr-defined]
+    # With the head the largest tensor, so one of the first two taken.
     model.model.embed_tokens.weight.weight_loader = fail  # type: ignore[attr-defined]
     before = threading.active_count()
-    # The embedding is the largest tensor with the head, so that one of the first taken fails.
     with pytest.raises(UserError, match=r"^no room on the device$"):
         loader.load_model(model, path)
-    assert len(done) < 200
+    assert len(done) < 50  # of 443: what each had in hand, and a few more on a slow machine
     assert threading.active_count() == before
 
 
-def test_headers_say_where_a_tensor_is(tmp_path: Path) -> None:
+def test_headers_say_shape_and_size(tmp_path: Path) -> None:
     path = make_model(tmp_path, dtype="bfloat16")
-    file = path / "model.safetensors"
-    content = file.read_bytes()
-    header = loader.read_header(file)
-    assert header.keys() == checkpoint(path).keys()
-    for name, tensor in checkpoint(path).items():
-        info = header[name]
-        assert content[info.start : info.stop] == tensor.view(torch.uint8).numpy().tobytes()
-        assert info.shape == tuple(tensor.shape)
-
-
-def test_prefetch_asks_for_exactly_the_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: asked.append((start, size)))
-    monkeypatch.setattr(loader, "PREFETCH_BYTES", 100)
-    loader._prefetch(0, loader.TensorInfo(tmp_path, (1,), 1008, 1258))
-    assert asked == [(1008, 100), (1108, 100), (1208, 50)]
+    header = loader.read_header(path / "model.safetensors")
+    found = {name: (info.shape, info.nbytes) for name, info in header.items()}
+    assert found == {name: (tuple(tensor.shape), tensor.nbytes) for name, tensor in checkpoint(path).items()}
 
 
 @pytest.mark.parametrize(("cores", "threads", "readers"), [(16, 1, 8), (16, 4, 4), (16, 16, 1), (2, 16, 1), (3, 1, 3)])
