@@ -1,6 +1,7 @@
-"""Time of one layer's decode attention, backend by backend and variant by variant, beside the bytes of keys and values it reads.
+"""Times of the engine's kernels, variant by variant, beside the bytes they move and the peer's kernels where one is there.
 
-`python bench/kernels.py --threads 1` compares group sizes of the torch backend on a CPU.
+On a GPU: decode and prefill attention and the small kernels (`bench/kernels_gpu.py`). On a CPU: group sizes of the torch
+backend's decode attention; `python bench/kernels.py --threads 1`.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ import time
 import torch
 from common import save
 
-from nanovllm.layers.attention import AttentionBatch, TorchBackend
+from nanovllm.layers.attention import AttentionBatch
+from nanovllm.layers.backends.torch_backend import TorchBackend
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--context", type=int, nargs=2, default=(32, 400), metavar=("MIN", "MAX"))
-    parser.add_argument("--heads", type=int, nargs=3, default=(8, 4, 64), metavar=("QUERY", "KV", "DIM"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--sections", nargs="+", help="GPU: which of decode, contexts, prefill, small to run (default: all)"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="CPU: sequences")
+    parser.add_argument(
+        "--context", type=int, nargs=2, default=(32, 400), metavar=("MIN", "MAX"), help="CPU: tokens each"
+    )
+    parser.add_argument("--heads", type=int, nargs=3, default=(8, 4, 64), metavar=("QUERY", "KV", "DIM"), help="CPU")
     parser.add_argument("--block-size", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU")
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json")
     return parser.parse_args()
 
@@ -33,7 +40,7 @@ def decode_batch(args: argparse.Namespace) -> AttentionBatch:
     width = -(-lens[0] // args.block_size)
     generator = torch.Generator().manual_seed(0)
     tables = torch.randperm(args.batch * width, generator=generator).view(args.batch, width)
-    return AttentionBatch(args.batch, [1] * args.batch, lens, tables, args.block_size)
+    return AttentionBatch(tables, args.block_size, torch.arange(args.batch), torch.tensor(lens), lens)
 
 
 def best_ms(backend: TorchBackend, batch: AttentionBatch, repeats: int = 15) -> float:
@@ -41,7 +48,7 @@ def best_ms(backend: TorchBackend, batch: AttentionBatch, repeats: int = 15) -> 
     blocks = batch.block_tables.numel()
     shape = (blocks, batch.block_size, backend.num_kv_heads, backend.head_dim)
     k_cache, v_cache = torch.randn(shape), torch.randn(shape)
-    q = torch.randn(batch.num_decodes, backend.num_heads, backend.head_dim)
+    q = torch.randn(len(batch.decode_slots), backend.num_heads, backend.head_dim)
     plan = backend.plan(batch)
     seconds = []
     for _ in range(repeats + 1):
@@ -51,12 +58,12 @@ def best_ms(backend: TorchBackend, batch: AttentionBatch, repeats: int = 15) -> 
     return min(seconds[1:]) * 1e3
 
 
-def main() -> None:
-    args = parse_args()
+def cpu_result(args: argparse.Namespace) -> dict[str, object]:
+    """Decode attention of the torch backend, by the size of its groups."""
     torch.set_num_threads(args.threads)
     batch = decode_batch(args)
     _, kv_heads, dim = args.heads
-    kv_bytes = 2 * sum(batch.context_lens) * kv_heads * dim * 4
+    kv_bytes = 2 * int(batch.decode_lens.sum()) * kv_heads * dim * 4
     rows = []
     for fill, elements in ((0.0, 1 << 40), (0.7, 1 << 40), (0.7, 1 << 20), (0.7, 1 << 19), (0.7, 1 << 18)):
         backend = TorchBackend(*args.heads)
@@ -71,13 +78,19 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
+    return {"threads": args.threads, "kv_bytes": kv_bytes, "decode_attention": rows}
+
+
+def main() -> None:
+    args = parse_args()
+    if torch.cuda.is_available():
+        from kernels_gpu import gpu_result
+
+        result = gpu_result(args.sections, args.block_size)
+    else:
+        result = cpu_result(args)
     if args.save:
-        print(
-            save(
-                args.save,
-                {"benchmark": "kernels", "threads": args.threads, "kv_bytes": kv_bytes, "decode_attention": rows},
-            )
-        )
+        print(save(args.save, {"benchmark": "kernels", **result}))
 
 
 if __name__ == "__main__":

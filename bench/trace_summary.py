@@ -17,11 +17,11 @@ from typing import Any
 
 # The first pattern that a kernel's name matches is its family: FlashAttention's names also hold "cutlass" and "gemm".
 FAMILIES = {
-    "attention": r"attn|attention|flash|fmha|paged|_decode_kernel|_prefill_kernel|combine|reshape_and_cache|store_kv",
+    "attention": r"attn|attention|flash|fmha|paged|_decode_kernel|_prefill_kernel|_plan_kernel|combine|reshape_and_cache|store_kv",
     "communication": r"nccl|all_?reduce|all_?gather|reduce_?scatter",
     "gemm": r"gemm|gemv|cublas|nvjet|cutlass|splitk|matmul|xmma",
     "norm/rope/act": r"norm|rope|rotary|silu|act_and_mul|activation",
-    "sampling": r"sampl|argmax|softmax|gumbel|exponential|topk|top_k|sort|multinomial|logits",
+    "sampling": r"sampl|argmax|softmax|gumbel|exponential|topk|top_k|sort|multinomial|logits|_gather_kernel|_advance_kernel",
 }
 _PATTERNS = {family: re.compile(pattern, re.IGNORECASE) for family, pattern in FAMILIES.items()}
 _COPIES = ("gpu_memcpy", "gpu_memset")

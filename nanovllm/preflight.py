@@ -21,7 +21,7 @@ def check_model(config: EngineConfig) -> ModelConfig:
     if config.load_format == "auto":
         import torch
 
-        from nanovllm.layers.attention import TorchBackend
+        from nanovllm.layers.backends.torch_backend import TorchBackend
         from nanovllm.layers.parallel import TensorParallel
         from nanovllm.utils.loader import check_checkpoint, checkpoint_files
 

@@ -99,14 +99,15 @@ class BlockManager:
             block.ref_count = 1
             seq.block_table.append(block_id)
 
-    def register(self, seq: Sequence, num_tokens: int) -> None:
-        """Make the full blocks among the first `num_tokens` tokens findable.
+    def register(self, seq: Sequence) -> None:
+        """Make the full blocks among the computed tokens findable, as far as the host knows the tokens.
 
         Called when those tokens are scheduled: a step stores all its keys and values before any of its attention reads
         them, so a sequence admitted later in the same step may already share them.
         """
         if not self.enable_prefix_caching:
             return
+        num_tokens = min(seq.num_computed_tokens, len(seq.token_ids))
         for index in range(seq.num_registered_blocks, num_tokens // self.block_size):
             hash_value, tokens = self._hash(seq, index), self._tokens(seq, index)
             twin = self._lookup(hash_value, seq.prefix_node, tokens)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from nanovllm.engine.model_runner import ModelRunner, resolve_device
 from nanovllm.errors import EngineDeadError, UserError
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.config import ModelConfig
+from nanovllm.utils.transfer import HostCopy
 
 
 class RankSetup(NamedTuple):
@@ -49,17 +51,33 @@ class RankReply(NamedTuple):
 
 
 class Executor(ABC):
-    """Where the model runs. `num_kvcache_blocks` is the size of the pool, known after construction."""
+    """Where the model runs. Steps run in the order they are launched in, and are collected in that order.
+
+    `num_kvcache_blocks` is the size of the pool and `summary` says what runs where; both are known after construction.
+    """
 
     num_kvcache_blocks: int
+    summary: str
 
     @abstractmethod
-    def execute(self, step: ModelInput) -> list[int]:
-        """Run one step; the sampled tokens.
+    def launch(self, step: ModelInput) -> None:
+        """Start one step; it may still run when this returns.
 
         Raises:
             EngineDeadError: a rank died.
         """
+
+    @abstractmethod
+    def collect(self) -> list[int]:
+        """Wait for the oldest step not collected yet; the token of each sequence that samples, in batch order.
+
+        Raises:
+            EngineDeadError: a rank died.
+        """
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Forget the steps in flight."""
 
     @abstractmethod
     def shutdown(self) -> None:
@@ -73,25 +91,39 @@ def create_executor(config: EngineConfig, model_config: ModelConfig, max_model_l
     return MultiprocExecutor(config, model_config, max_model_len)
 
 
+def choose_num_blocks(config: EngineConfig, most: int) -> int:
+    """KV blocks of the pool: what the user asked for, or the `most` there is use and memory for."""
+    return most if config.num_kvcache_blocks < 0 else config.num_kvcache_blocks
+
+
 class UniprocExecutor(Executor):
     """One rank, in this process."""
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> None:
         self.runner: ModelRunner | None = ModelRunner(config, model_config, max_model_len, TensorParallel())
-        self.num_kvcache_blocks = (
-            config.num_kvcache_blocks if config.num_kvcache_blocks > 0 else self.runner.max_kvcache_blocks()
-        )
-        self.runner.allocate_kv_cache(self.num_kvcache_blocks)
+        self.num_kvcache_blocks = choose_num_blocks(config, self.runner.max_kvcache_blocks())
+        self.summary = self.runner.start(self.num_kvcache_blocks)
+        self.in_flight: deque[HostCopy] = deque()
 
-    def execute(self, step: ModelInput) -> list[int]:
-        """See `Executor.execute`."""
+    def launch(self, step: ModelInput) -> None:
+        """See `Executor.launch`."""
         if self.runner is None:
             raise EngineDeadError("the engine was shut down")
-        tokens: list[int] = self.runner.execute(step)
-        return tokens
+        self.in_flight.append(self.runner.launch(step))
+
+    def collect(self) -> list[int]:
+        """See `Executor.collect`."""
+        return self.in_flight.popleft().tolist()
+
+    def discard(self) -> None:
+        """See `Executor.discard`."""
+        self.in_flight.clear()
+        if self.runner is not None:
+            self.runner.discard()
 
     def shutdown(self) -> None:
         """See `Executor.shutdown`."""
+        self.in_flight.clear()
         self.runner = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -113,23 +145,31 @@ class MultiprocExecutor(Executor):
                 rendezvous = str(self.rendezvous_dir / "store")
                 setup = RankSetup(config, model_config, max_model_len, rank, rendezvous, threads)
                 self._send(rank, setup)
-            most = min(self._receive_all())
-            self.num_kvcache_blocks = config.num_kvcache_blocks if config.num_kvcache_blocks > 0 else most
+            self.num_kvcache_blocks = choose_num_blocks(config, min(self._receive_all()))
             for rank in range(size):
                 self._send(rank, self.num_kvcache_blocks)
-            self._receive_all()
+            self.summary = f"{size} ranks, each: {self._receive_all()[0]}"
         except BaseException:
             self.shutdown()
             raise
 
-    def execute(self, step: ModelInput) -> list[int]:
-        """See `Executor.execute`."""
+    def launch(self, step: ModelInput) -> None:
+        """See `Executor.launch`."""
         if not self.processes:
             raise EngineDeadError("the engine was shut down")
         for rank in range(len(self.processes)):
             self._send(rank, step)
+
+    def collect(self) -> list[int]:
+        """See `Executor.collect`. Every rank answers, so that the death of any is seen."""
+        if not self.processes:
+            raise EngineDeadError("the engine was shut down")
         tokens: list[int] = self._receive_all()[0]
         return tokens
+
+    def discard(self) -> None:
+        """See `Executor.discard`. The ranks would still answer, so they end."""
+        self.shutdown()
 
     def shutdown(self) -> None:
         """See `Executor.shutdown`."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Sized
 from numbers import Integral
@@ -16,7 +18,7 @@ from nanovllm.engine.executor import create_executor
 from nanovllm.engine.model_input import build_model_input, order_batch
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.errors import UserError
 from nanovllm.outputs import RequestOutput, error_output
 from nanovllm.preflight import check_model
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Prompt = str | Sized[int]
+logger = logging.getLogger(__name__)
 
 
 class EngineStats(NamedTuple):
@@ -59,6 +62,7 @@ class LLMEngine:
         self.max_model_len = min(self.config.max_model_len, positions)
         self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(self.config)
         self.executor = create_executor(self.config, self.model_config, self.max_model_len)
+        logger.info("%s: %s", self.config.model, self.executor.summary)
         self._start_empty()
         self.counter = itertools.count()
         self.steps = self.prompt_tokens = self.generated_tokens = self.cached_tokens = 0
@@ -113,27 +117,39 @@ class LLMEngine:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence is unfinished."""
-        return self.scheduler.has_work
+        """Whether any sequence is unfinished, or a step still runs."""
+        return self.scheduler.has_work or bool(self.in_flight)
 
     def step(self) -> list[tuple[Sequence, RequestOutput]]:
-        """Run one step; the sequences it finished, with their outputs.
+        """Launch one step and read the one before (with `async_scheduling` off: this one); the sequences that finished.
 
         Raises:
             EngineDeadError: a rank died; this engine cannot be used any more.
         """
         batch = order_batch(self.scheduler.schedule())
-        tokens = self.executor.execute(build_model_input(batch, self.config.kvcache_block_size))
-        sampling = [item.seq for item in batch if item.samples]
+        if batch:
+            self.executor.launch(build_model_input(batch))
+            self.in_flight.append([item.seq for item in batch if item.samples])
+            self.steps += 1
+        # Nothing to launch: what is in flight must come first.
+        if self.in_flight and (not batch or len(self.in_flight) > self.config.async_scheduling):
+            return self._collect()
+        return []
+
+    def _collect(self) -> list[tuple[Sequence, RequestOutput]]:
+        """Read the oldest step in flight and apply the stop rules to its tokens."""
+        tokens = self.executor.collect()
         finished: list[tuple[Sequence, RequestOutput]] = []
-        for seq, token_id in zip(sampling, tokens, strict=True):
+        for seq, token_id in zip(self.in_flight.popleft(), tokens, strict=True):
+            seq.num_pending -= 1
+            if seq.status is SequenceStatus.FINISHED:  # sampled before it was known that the sequence ends
+                continue
+            self.generated_tokens += 1
             reason = self.output_processor.append(seq, token_id)
             if reason is not None:
                 self.scheduler.finish(seq, reason)
                 self.cached_tokens += seq.num_cached_tokens
                 finished.append((seq, self.output_processor.output(seq)))
-        self.steps += 1
-        self.generated_tokens += len(tokens)
         return finished
 
     def stats(self) -> EngineStats:
@@ -162,12 +178,15 @@ class LLMEngine:
         """
         if self.config.tensor_parallel_size > 1:
             self.exit()
+        self.executor.discard()
         self._start_empty()
 
     def _start_empty(self) -> None:
         self.block_manager = BlockManager(
             self.executor.num_kvcache_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
         )
+        # The sequences that sample in each step that was launched and not read yet.
+        self.in_flight: deque[list[Sequence]] = deque()
         self.scheduler = Scheduler(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.block_manager)
         self.output_processor = OutputProcessor(self.tokenizer, self.model_config.eos_token_ids)
 

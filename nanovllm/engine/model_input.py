@@ -1,4 +1,8 @@
-"""One step's work as flat arrays, made by the engine and sent to every rank. Numpy only, so it travels cheaply."""
+"""One step's work as flat arrays, made by the engine and sent to every rank. Numpy only, so it travels cheaply.
+
+It holds only what the device cannot know: which sequences run, the tokens of prefill chunks, new blocks. Where a decode stands is
+in the device's own state (`engine.device_state`).
+"""
 
 from __future__ import annotations
 
@@ -13,62 +17,68 @@ Ints = npt.NDArray[np.int64]
 
 
 class ModelInput(NamedTuple):
-    """T new tokens of B sequences, ordered by `order_batch`; S of the sequences sample.
+    """Work of B sequences, ordered by `order_batch`: D decodes, then prefill chunks with P tokens in all.
 
     Attributes:
-        token_ids, positions, slot_mapping: [T] of the new tokens.
-        num_decodes: leading sequences with one new token.
+        num_decodes: D, leading sequences with one new token, which the device's state knows; all of them sample.
+        slots: [B] state slot of each sequence.
         query_lens, context_lens: new tokens, and all tokens in the cache after the step, of each sequence.
-        block_tables: [B, W] block ids, padded with 0.
-        sample_rows: [S] rows of the T tokens whose logits are sampled.
-        temperatures, seeds, sample_steps: [S] sampling inputs, see `layers.sampler`.
+        token_ids: [P] tokens of the prefill chunks.
+        sample_rows: [S] sequences (indices into B) that sample: the decodes, and the chunks that end their prompt.
+        new_blocks: [3, U] slot, column and block id of block table entries to write first.
+        new_sequences: [5, N] slot, token, position, tokens generated before and seed of sequences that begin to sample;
+            token and position count only for decodes. new_temperatures: [N] theirs.
     """
 
-    token_ids: Ints
-    positions: Ints
-    slot_mapping: Ints
     num_decodes: int
+    slots: Ints
     query_lens: list[int]
     context_lens: list[int]
-    block_tables: Ints
+    token_ids: Ints
     sample_rows: Ints
-    temperatures: npt.NDArray[np.float32]
-    seeds: Ints
-    sample_steps: Ints
+    new_blocks: Ints
+    new_sequences: Ints
+    new_temperatures: npt.NDArray[np.float32]
+
+
+def is_decode(item: ScheduledSequence) -> bool:
+    """Whether the step's only token of the sequence is its last: all its state can be on the device."""
+    return item.num_tokens == 1 and item.samples
 
 
 def order_batch(batch: list[ScheduledSequence]) -> list[ScheduledSequence]:
-    """Sequences with one new token first, the longest context first among them; prefill chunks keep their order."""
-    return sorted(batch, key=lambda item: -item.start if item.num_tokens == 1 else 1)
+    """Decodes first, the longest context first among them; prefill chunks keep their order."""
+    return sorted(batch, key=lambda item: -item.start if is_decode(item) else 1)
 
 
-def build_model_input(batch: list[ScheduledSequence], block_size: int) -> ModelInput:
-    """Flatten an ordered `batch`."""
-    query_lens = [item.num_tokens for item in batch]
-    context_lens = [item.start + item.num_tokens for item in batch]
-    block_tables = np.zeros((len(batch), max(len(item.seq.block_table) for item in batch)), dtype=np.int64)
+def build_model_input(batch: list[ScheduledSequence]) -> ModelInput:
+    """Flatten an ordered `batch`. Notes in each sequence what the device has been told of it."""
+    num_decodes = sum(map(is_decode, batch))
     token_ids: list[int] = []
-    for row, item in enumerate(batch):
+    for item in batch[num_decodes:]:
         token_ids.extend(item.seq.token_ids[item.start : item.start + item.num_tokens])
-        block_tables[row, : len(item.seq.block_table)] = item.seq.block_table
-    ends: Ints = np.cumsum(query_lens, dtype=np.int64)
-    rows: Ints = np.repeat(np.arange(len(batch), dtype=np.int64), query_lens)
-    starts = np.array([item.start for item in batch], dtype=np.int64)
-    positions: Ints = (
-        np.arange(len(token_ids), dtype=np.int64) - (ends - np.array(query_lens, dtype=np.int64))[rows] + starts[rows]
-    )
-    slots = block_tables[rows, positions // block_size] * block_size + positions % block_size
-    sampling = [(end - 1, item.seq) for end, item in zip(ends.tolist(), batch, strict=True) if item.samples]
+    new_blocks: list[tuple[int, int, int]] = []
+    new_sequences: list[tuple[int, int, int, int, int]] = []
+    temperatures: list[float] = []
+    for item in batch:
+        seq = item.seq
+        table = seq.block_table
+        if len(table) > seq.num_sent_blocks:
+            new_blocks += [(seq.slot, column, table[column]) for column in range(seq.num_sent_blocks, len(table))]
+            seq.num_sent_blocks = len(table)
+        if item.samples and not seq.on_device:
+            seq.on_device = True
+            known = seq.token_ids[-1]
+            new_sequences.append((seq.slot, known, item.start, seq.num_generated_tokens, seq.seed))
+            temperatures.append(seq.params.temperature)
     return ModelInput(
+        num_decodes=num_decodes,
+        slots=np.array([item.seq.slot for item in batch], dtype=np.int64),
+        query_lens=[item.num_tokens for item in batch],
+        context_lens=[item.start + item.num_tokens for item in batch],
         token_ids=np.array(token_ids, dtype=np.int64),
-        positions=positions,
-        slot_mapping=slots,
-        num_decodes=sum(length == 1 for length in query_lens),
-        query_lens=query_lens,
-        context_lens=context_lens,
-        block_tables=block_tables,
-        sample_rows=np.array([row for row, _ in sampling], dtype=np.int64),
-        temperatures=np.array([seq.params.temperature for _, seq in sampling], dtype=np.float32),
-        seeds=np.array([seq.seed for _, seq in sampling], dtype=np.int64),
-        sample_steps=np.array([seq.num_generated_tokens for _, seq in sampling], dtype=np.int64),
+        sample_rows=np.array([row for row, item in enumerate(batch) if item.samples], dtype=np.int64),
+        new_blocks=np.array(new_blocks, dtype=np.int64).reshape(-1, 3).T,
+        new_sequences=np.array(new_sequences, dtype=np.int64).reshape(-1, 5).T,
+        new_temperatures=np.array(temperatures, dtype=np.float32),
     )

@@ -11,8 +11,11 @@ import numpy as np
 import torch
 
 from nanovllm.config import EngineConfig
+from nanovllm.engine.cuda_graph import DecodeGraphs, graph_sizes
+from nanovllm.engine.device_state import DeviceState
 from nanovllm.engine.model_input import ModelInput
 from nanovllm.errors import UserError
+from nanovllm.kernels.sampling import LEAST_KEY
 from nanovllm.layers.attention import Attention, AttentionBatch, select_backend
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.sampler import sample
@@ -21,9 +24,14 @@ from nanovllm.models.registry import ARCHITECTURES
 from nanovllm.utils.context import ForwardContext
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.loader import init_dummy, load_model
+from nanovllm.utils.transfer import HostCopy, to_device
 
 # A pool on the CPU is no larger than this: host memory is shared, and prefix reuse gains little beyond it.
 MAX_CPU_POOL_BYTES = 4 << 30
+# Of a GPU: what a CUDA context takes, what stays free whatever was asked for, and what a graph's description takes a layer.
+CONTEXT_BYTES = 600 << 20
+SPARE_BYTES = 256 << 20
+GRAPH_LAYER_BYTES = 96 << 10
 
 
 def resolve_device(config: EngineConfig, rank: int) -> torch.device:
@@ -57,6 +65,8 @@ def resolve_dtype(config: EngineConfig, model_config: ModelConfig, device: torch
 class ModelRunner:
     """The model of one tensor-parallel rank.
 
+    Steps are launched in order and may overlap with the host: nothing here waits for the device but `start`.
+
     Args:
         config: the engine's options; model_config: the model's shapes; max_model_len: longest sequence.
         tp: this rank and its process group.
@@ -72,11 +82,15 @@ class ModelRunner:
         self.tp = tp
         self.device = resolve_device(config, tp.rank)
         self.dtype = resolve_dtype(config, model_config, self.device)
-        backend_class = select_backend(config.attention_backend)
+        backend_class = select_backend(config.attention_backend, self.device)
+        self.max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         self.num_kv_heads = max(1, model_config.num_kv_heads // tp.size)
-        self.backend = backend_class(tp.shard(model_config.num_heads), self.num_kv_heads, model_config.head_dim)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+            self.memory = GpuMemory(self.device, config.gpu_memory_utilization)
+        self.backend = backend_class(
+            tp.shard(model_config.num_heads), self.num_kv_heads, model_config.head_dim, self.max_num_seqs, self.device
+        )
         with _default_dtype(self.dtype), self.device:
             model_class = ARCHITECTURES[model_config.architecture].load()
             # The rotary table is made on the CPU, whatever the default device.
@@ -86,6 +100,15 @@ class ModelRunner:
         else:
             load_model(self.model, resolve_model(config.model))
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
+        blocks = -(-max_model_len // config.kvcache_block_size)
+        self.state = DeviceState(self.max_num_seqs, blocks, config.kvcache_block_size, self.device)
+        self.keys = torch.full((self.max_num_seqs,), LEAST_KEY, dtype=torch.int64, device=self.device)
+        self.graphs: DecodeGraphs | None = None
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether decode steps run as CUDA graphs."""
+        return self.device.type == "cuda" and self.backend.supports_graphs and not self.config.enforce_eager
 
     @property
     def block_bytes(self) -> int:
@@ -102,12 +125,9 @@ class ModelRunner:
         Raises:
             UserError: not even one block fits.
         """
-        useful = self.config.max_num_seqs * -(-self.max_model_len // self.config.kvcache_block_size)
+        useful = self.max_num_seqs * -(-self.max_model_len // self.config.kvcache_block_size)
         if self.device.type == "cuda":
-            self._warm_up()
-            free, total = torch.cuda.mem_get_info(self.device)
-            headroom = int(total * (1 - self.config.gpu_memory_utilization))
-            budget = free - headroom
+            budget = self.memory.budget() - self._warm_up()
         else:
             budget = min(_available_host_memory() // 4, MAX_CPU_POOL_BYTES)
         blocks = min(useful, budget // self.block_bytes)
@@ -118,64 +138,185 @@ class ModelRunner:
             )
         return int(blocks)
 
-    def allocate_kv_cache(self, num_blocks: int) -> None:
-        """Allocate the pool of `num_blocks` blocks. Zeroed: attention reads padding slots and masks them, so all must be finite."""
+    @torch.inference_mode()
+    def start(self, num_blocks: int) -> str:
+        """Allocate the pool of `num_blocks` blocks and capture the graphs; one line that says what runs where.
+
+        Raises:
+            UserError: more blocks were asked for than there is memory for.
+        """
+        try:
+            self._allocate_kv_cache(num_blocks)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"num_kvcache_blocks={num_blocks} of {self.block_bytes} bytes each do not fit the GPU's memory; lower it, or "
+                "leave it out to have the pool sized from free memory"
+            ) from None
+        backend = type(self.backend).__name__.removesuffix("Backend").lower()
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        dtype = str(self.dtype).removeprefix("torch.")
+        pool = f"{num_blocks} KV blocks of {self.config.kvcache_block_size} tokens ({num_blocks * self.block_bytes >> 20} MiB)"
+        parts = [name, dtype, f"attention backend {backend}", pool]
+        if self.uses_graphs:
+            self.graphs = DecodeGraphs(
+                lambda slots: self._decode(slots, None), self.max_num_seqs, self.state.padding_slot, self.device
+            )
+            took = f"{self.graphs.seconds:.1f} s and {self.graphs.num_bytes >> 20} MiB"
+            parts.append(f"{len(self.graphs.sizes)} CUDA graphs in {took}")
+        else:
+            parts.append("no CUDA graphs")
+        return ", ".join(parts)
+
+    @torch.inference_mode()
+    def launch(self, step: ModelInput) -> HostCopy:
+        """Start one step; the sampled token of each sequence that samples, in batch order, once it is done."""
+        self.state.update(step)
+        if step.num_decodes < len(step.slots):
+            tokens = self._mixed(step)
+        elif self.graphs is not None:
+            tokens = self.graphs.replay(step.slots)
+        else:
+            tokens = self._decode(to_device(step.slots, self.device), step.context_lens)
+        return HostCopy(tokens)
+
+    def discard(self) -> None:
+        """Forget a step that was cut short between its sampling and the state's advance."""
+        self.keys.fill_(LEAST_KEY)
+
+    def _decode(self, slots: torch.Tensor, host_lens: list[int] | None) -> torch.Tensor:
+        """One token more of each sequence in `slots` [B]: the sampled tokens [B]."""
+        inputs = self.state.gather_decode(slots)
+        batch = AttentionBatch(
+            self.state.block_tables, self.config.kvcache_block_size, slots, inputs.context_lens, host_lens
+        )
+        context = ForwardContext(inputs.slot_mapping, self.backend.plan(batch))
+        hidden = self.model(inputs.token_ids, inputs.positions, context)
+        return self._sample(hidden, slots, inputs.context_lens)
+
+    def _mixed(self, step: ModelInput) -> torch.Tensor:
+        """A step with prefill chunks, after its decodes if it has any."""
+        decodes = step.num_decodes
+        query_lens, lens = np.array(step.query_lens), np.array(step.context_lens)
+        last_rows = np.cumsum(query_lens) - 1
+        rows = step.sample_rows
+        sampling = to_device(np.stack((last_rows[rows], step.slots[rows], lens[rows])), self.device)
+
+        chunk_slots, chunk_query_lens, chunk_lens = step.slots[decodes:], query_lens[decodes:], lens[decodes:]
+        first_rows = np.cumsum(chunk_query_lens) - chunk_query_lens
+        shift = np.repeat(chunk_lens - chunk_query_lens - first_rows, chunk_query_lens)
+        positions = np.arange(len(step.token_ids)) + shift
+        slots = np.repeat(chunk_slots, chunk_query_lens)
+        token_ids, positions, slots = to_device(np.stack((step.token_ids, positions, slots)), self.device)
+        slot_mapping = self.state.cache_slots(slots, positions)
+
+        decode_slots = sampling[1, :decodes]  # decodes come first in the batch, and all of them sample
+        inputs = self.state.gather_decode(decode_slots)
+        batch = AttentionBatch(
+            self.state.block_tables,
+            self.config.kvcache_block_size,
+            decode_slots,
+            inputs.context_lens,
+            step.context_lens[:decodes],
+            chunk_slots,
+            chunk_query_lens,
+            chunk_lens,
+        )
+        if decodes:
+            token_ids = torch.cat((inputs.token_ids, token_ids))
+            positions = torch.cat((inputs.positions, positions))
+            slot_mapping = torch.cat((inputs.slot_mapping, slot_mapping))
+        context = ForwardContext(slot_mapping, self.backend.plan(batch))
+        hidden = self.model(token_ids, positions, context)
+        return self._sample(hidden[sampling[0]], sampling[1], sampling[2])
+
+    def _sample(self, hidden: torch.Tensor, slots: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+        """The next token [S] of the sequences in `slots` [S], from their last hidden states [S, H]; the state moves past it."""
+        tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
+        if len(slots):
+            state = self.state
+            logits = self.model.compute_logits(hidden)
+            keys = self.keys[: len(slots)]
+            sample(self.model.lm_head, logits, slots, state.temperatures, state.seeds, state.steps, keys)
+            state.advance(keys, slots, lens, tokens)
+        return tokens
+
+    def _allocate_kv_cache(self, num_blocks: int) -> None:
+        """Zeroed: attention reads padding slots and masks them, so all must be finite."""
         shape = (2, len(self.attention_layers), num_blocks, self.config.kvcache_block_size, self.num_kv_heads)
         pool = _zeros((*shape, self.model_config.head_dim), self.dtype, self.device)
         for layer, k_cache, v_cache in zip(self.attention_layers, pool[0], pool[1], strict=True):
             layer.k_cache, layer.v_cache = k_cache, v_cache
 
     @torch.inference_mode()
-    def execute(self, step: ModelInput) -> list[int]:
-        """Run one step; the sampled token of each sequence that samples, in batch order."""
-        block_tables = self._tensor(step.block_tables)
-        batch = AttentionBatch(
-            step.num_decodes, step.query_lens, step.context_lens, block_tables, self.config.kvcache_block_size
-        )
-        context = ForwardContext(self._tensor(step.slot_mapping), self.backend.plan(batch))
-        hidden = self.model(self._tensor(step.token_ids), self._tensor(step.positions), context)
-        if not len(step.sample_rows):
-            return []
-        logits = self.model.compute_logits(hidden[self._tensor(step.sample_rows)])
-        if not step.temperatures.any():
-            tokens = logits.argmax(dim=-1)
-        else:
-            sampling = (step.temperatures, step.seeds, step.sample_steps)
-            tokens = sample(logits, *(self._tensor(array) for array in sampling))
-        result: list[int] = tokens.tolist()
-        return result
+    def _warm_up(self) -> int:
+        """Run the largest steps there can be, so that what they take is taken before the pool is sized.
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        All their sequences share block 0, whose contents mean nothing.
 
-    def _warm_up(self) -> None:
-        """Run the largest step there can be, so that the memory it takes is taken before the pool is sized."""
-        block_size = self.config.kvcache_block_size
-        tokens = self.config.max_num_batched_tokens
-        lengths = [self.max_model_len] * (tokens // self.max_model_len)
-        lengths += [tokens % self.max_model_len] if tokens % self.max_model_len else []
-        lengths = lengths[: self.config.max_num_seqs]
-        blocks = max(-(-length // block_size) for length in lengths)
-        self.allocate_kv_cache(blocks)
-        positions = np.concatenate([np.arange(length) for length in lengths])
-        ends = np.cumsum(lengths)
-        self.execute(
-            ModelInput(
-                token_ids=np.zeros(len(positions), dtype=np.int64),
-                positions=positions,
-                slot_mapping=positions,
-                num_decodes=0,
-                query_lens=lengths,
-                context_lens=lengths,
-                block_tables=np.tile(np.arange(blocks), (len(lengths), 1)),
-                sample_rows=ends - 1,
-                temperatures=np.ones(len(lengths), dtype=np.float32),
-                seeds=np.zeros(len(lengths), dtype=np.int64),
-                sample_steps=np.zeros(len(lengths), dtype=np.int64),
-            )
-        )
-        self.allocate_kv_cache(0)
-        torch.cuda.empty_cache()
+        Returns:
+            Bytes to leave free for the graphs.
+        """
+        self._allocate_kv_cache(1)
+        left, count = self.config.max_num_batched_tokens, self.max_num_seqs
+        lens: list[int] = []
+        while left > 0 and len(lens) < count:
+            lens.append(max(1, min(self.max_model_len, left - (count - len(lens) - 1))))
+            left -= lens[-1]
+        self.launch(_warm_up_step(lens, decode=False)).tolist()
+        graph_bytes = 0
+        if self.uses_graphs:
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.launch(_warm_up_step([self.max_model_len] * count, decode=True)).tolist()
+            peak = torch.cuda.max_memory_allocated(self.device) - before
+            # Only one graph runs at a time, so they share the largest one's memory; each has its own description.
+            graph_bytes = peak * 5 // 4 + len(graph_sizes(count)) * len(self.attention_layers) * GRAPH_LAYER_BYTES
+        self._allocate_kv_cache(0)
+        return graph_bytes
+
+
+def _warm_up_step(lens: list[int], *, decode: bool) -> ModelInput:
+    """A step of sequences with `lens` tokens: their last token only (`decode`), or all of them; every one samples."""
+    count = len(lens)
+    slots = np.arange(count)
+    columns = (slots, np.zeros(count), np.array(lens) - 1, np.zeros(count), np.zeros(count))
+    return ModelInput(
+        num_decodes=count if decode else 0,
+        slots=slots,
+        query_lens=[1] * count if decode else lens,
+        context_lens=lens,
+        token_ids=np.zeros(0 if decode else sum(lens), dtype=np.int64),
+        sample_rows=slots,
+        new_blocks=np.zeros((3, 0), dtype=np.int64),
+        new_sequences=np.stack(columns).astype(np.int64),
+        new_temperatures=np.ones(count, dtype=np.float32),
+    )
+
+
+class GpuMemory:
+    """What an engine may take of a GPU it may share: its fraction of the whole, and never more than there is free.
+
+    Made before the model is, so that what the process takes from then on is known.
+    """
+
+    def __init__(self, device: torch.device, utilization: float) -> None:
+        self.device = device
+        self.utilization = utilization
+        torch.zeros(1, device=device)  # the context exists from here on
+        self.outside_at_start = self._outside()
+
+    def budget(self) -> int:
+        """Bytes that are left for the KV pool and the graphs, after a worst-case step has run."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        # Kernels, library handles and NCCL buffers. Another process that starts now is counted too: a smaller pool, not a crash.
+        grown = max(0, self._outside() - self.outside_at_start)
+        own = torch.cuda.memory_reserved(self.device) + CONTEXT_BYTES + grown
+        return int(min(total * self.utilization - own, free - SPARE_BYTES))
+
+    def _outside(self) -> int:
+        """Bytes in use on the GPU that torch's allocator of this process does not hold."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(total - free - torch.cuda.memory_reserved(self.device))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import traceback
+from collections import deque
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,6 +21,10 @@ from nanovllm.engine.executor import RankReply, RankSetup
 from nanovllm.engine.model_runner import ModelRunner, resolve_device
 from nanovllm.errors import UserError
 from nanovllm.layers.parallel import TensorParallel
+from nanovllm.utils.transfer import HostCopy
+
+# How long a rank waits for its next message before it looks whether its step is done: short against any step.
+POLL_SECONDS = 50e-6
 
 
 def build_runner(setup: RankSetup) -> ModelRunner:
@@ -45,11 +50,14 @@ def serve(connection: Connection) -> None:
     try:
         runner = build_runner(setup)
         connection.send(RankReply(runner.max_kvcache_blocks()))
-        runner.allocate_kv_cache(connection.recv())
-        connection.send(RankReply())
+        connection.send(RankReply(runner.start(connection.recv())))
+        in_flight: deque[HostCopy] = deque()
         while True:
-            step = connection.recv()
-            connection.send(RankReply(runner.execute(step)))
+            # The next step is launched as soon as it is known, also while this one runs.
+            if not in_flight or connection.poll(0 if in_flight[0].ready() else POLL_SECONDS):
+                in_flight.append(runner.launch(connection.recv()))
+            elif in_flight[0].ready():
+                connection.send(RankReply(in_flight.popleft().tolist()))
     finally:
         # The engine removes it too, but not where it was killed or dropped.
         shutil.rmtree(Path(setup.rendezvous).parent, ignore_errors=True)

@@ -14,16 +14,15 @@ DECODE_RESERVE_TOKENS = 64
 
 
 class ScheduledSequence(NamedTuple):
-    """`num_tokens` tokens of `seq` from index `start` are computed in this step."""
+    """`num_tokens` tokens of `seq` from index `start` are computed in this step.
+
+    `samples`: the step reaches the sequence's last token, so a next one is sampled.
+    """
 
     seq: Sequence
     start: int
     num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's last token, so that a next one is sampled."""
-        return self.start + self.num_tokens == self.seq.num_tokens
+    samples: bool
 
 
 class Scheduler:
@@ -32,6 +31,10 @@ class Scheduler:
     Running sequences are served first, in the order of their admission: one token each for those that decode, the next
     chunk for those still in prefill. What is left of the budget admits waiting ones. Where a running sequence finds no block, the
     youngest one is preempted: its blocks are freed and it waits, to be recomputed, at the head of the queue.
+
+    A step may be scheduled before the tokens of the one before are known: they count as pending. The caller hands them in by
+    `Sequence.token_ids` before the step after that, drops those of sequences that have finished meanwhile, and lets one step
+    run before it gives a freed slot or block new contents, which the order of the device's stream does by itself.
     """
 
     def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, block_manager: BlockManager) -> None:
@@ -41,6 +44,7 @@ class Scheduler:
         self.block_manager = block_manager
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.free_slots = list(range(self.max_num_seqs))[::-1]
         self.num_preemptions = 0
 
     @property
@@ -64,9 +68,9 @@ class Scheduler:
         """End a sequence, running or waiting, and free its blocks."""
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
+            self._release(seq)
         elif seq.status is SequenceStatus.WAITING:
             self.waiting.remove(seq)
-        self.block_manager.free(seq)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
 
@@ -76,6 +80,9 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:
             seq = self.running[index]
+            if seq.num_generated_tokens + seq.num_pending >= seq.max_new_tokens:  # its last token is pending
+                index += 1
+                continue
             num_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
             while not self.block_manager.can_extend(seq, seq.num_computed_tokens + num_tokens):
                 if self._preempt_youngest() is seq:
@@ -100,26 +107,35 @@ class Scheduler:
             self.waiting.popleft()
             self.block_manager.allocate(seq, matched)
             seq.status = SequenceStatus.RUNNING
+            seq.slot = self.free_slots.pop()
             self.running.append(seq)
             budget -= self._take(batch, seq, min(seq.num_tokens - seq.num_computed_tokens, budget))
 
     def _take(self, batch: list[ScheduledSequence], seq: Sequence, num_tokens: int) -> int:
         start = seq.num_computed_tokens
-        batch.append(ScheduledSequence(seq, start, num_tokens))
+        samples = start + num_tokens == seq.num_tokens
+        batch.append(ScheduledSequence(seq, start, num_tokens, samples))
         seq.num_computed_tokens = start + num_tokens
-        self.block_manager.register(seq, start + num_tokens)
+        self.block_manager.register(seq)
+        seq.num_pending += samples
         return num_tokens
 
     def _reserve(self, seq: Sequence) -> int:
         """Blocks `seq` may still take within the decode reserve."""
-        left = min(seq.max_new_tokens - seq.num_generated_tokens, DECODE_RESERVE_TOKENS)
+        left = min(seq.max_new_tokens - seq.num_generated_tokens - seq.num_pending, DECODE_RESERVE_TOKENS)
         held = len(seq.block_table) or self.block_manager.blocks_for(seq.num_tokens)
         return max(0, self.block_manager.blocks_for(seq.num_tokens + left) - held)
 
     def _preempt_youngest(self) -> Sequence:
         seq = self.running.pop()
-        self.block_manager.free(seq)
+        self._release(seq)
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
         return seq
+
+    def _release(self, seq: Sequence) -> None:
+        self.block_manager.register(seq)
+        self.block_manager.free(seq)
+        self.free_slots.append(seq.slot)
+        seq.slot = -1

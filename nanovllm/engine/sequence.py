@@ -20,7 +20,8 @@ class Sequence:
     """Prompt and generated tokens with their place in the KV cache.
 
     Attributes:
-        token_ids: prompt followed by generated tokens.
+        token_ids: prompt followed by the generated tokens the host has read.
+        num_pending: tokens sampled, or being sampled, that the host has not read yet.
         max_new_tokens: generation ends with "length" after so many (the request's limit, the model's and the pool's).
         seed: of this sequence's random numbers.
         num_computed_tokens: leading tokens whose KV is in the cache, or will be after the step being scheduled.
@@ -28,6 +29,8 @@ class Sequence:
         block_table: ids of the KV blocks that hold the tokens, in order.
         block_hashes: chained hashes of the leading full blocks, computed once.
         num_registered_blocks, prefix_node: how much of the block table the prefix cache knows, and its last node.
+        slot: its place in the device's state while it runs, else -1.
+        num_sent_blocks, on_device: how much of the block table the device has, and whether it has the sampling state.
     """
 
     __slots__ = (
@@ -37,12 +40,16 @@ class Sequence:
         "max_new_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_pending",
         "num_prompt_tokens",
         "num_registered_blocks",
+        "num_sent_blocks",
+        "on_device",
         "params",
         "prefix_node",
         "seed",
         "seq_id",
+        "slot",
         "status",
         "token_ids",
     )
@@ -59,6 +66,8 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.num_cached_tokens = -1
+        self.num_pending = 0
+        self.slot = -1
         self.block_hashes: list[int] = []
         self.block_table: list[int] = []
         self.reset_cache_position()
@@ -68,18 +77,20 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_registered_blocks = 0
         self.prefix_node = 0
+        self.num_sent_blocks = 0
+        self.on_device = False
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and generated tokens."""
-        return len(self.token_ids)
+        """Prompt and generated tokens, pending ones too."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_generated_tokens(self) -> int:
-        """Generated tokens."""
+        """Generated tokens the host has read."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def generated_token_ids(self) -> list[int]:
-        """The generated tokens."""
+        """The generated tokens the host has read."""
         return self.token_ids[self.num_prompt_tokens :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from nanovllm.kernels.triton_compat import tl, triton
+from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 
 def silu_and_mul_torch(x: torch.Tensor) -> torch.Tensor:
@@ -19,15 +19,21 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     tokens, size = x.shape[0], x.shape[1] // 2
     assert x.stride(1) == 1
     out = torch.empty(tokens, size, dtype=x.dtype, device=x.device)
-    _silu_and_mul_kernel[(tokens, triton.cdiv(size, 1024))](x, out, x.stride(0), size, BLOCK=1024, num_warps=4)
+    pdl = use_pdl(x)
+    _silu_and_mul_kernel[(tokens, triton.cdiv(size, 1024))](
+        x, out, x.stride(0), size, BLOCK=1024, PDL=pdl, launch_pdl=pdl, num_warps=4
+    )
     return out
 
 
 @triton.jit
-def _silu_and_mul_kernel(x_ptr, out_ptr, stride_x, size, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(x_ptr, out_ptr, stride_x, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     gate = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0)
     up = tl.load(x_ptr + row * stride_x + size + column, mask=inside, other=0.0)
     dtype = gate.dtype

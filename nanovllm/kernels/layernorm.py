@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from nanovllm.kernels.triton_compat import tl, triton
+from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -37,6 +37,7 @@ def add_rms_norm(
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(normed)
     block = triton.next_power_of_2(size)
+    pdl = use_pdl(x)
     _add_rms_norm_kernel[(len(rows),)](
         rows,
         others,
@@ -49,6 +50,8 @@ def add_rms_norm(
         eps,
         ADD=residual is not None,
         BLOCK=block,
+        PDL=pdl,
+        launch_pdl=pdl,
         # Eight elements a thread: 16 bytes of a 16-bit type, the widest load.
         num_warps=min(max(block // 256, 1), 16),
     )
@@ -68,11 +71,15 @@ def _add_rms_norm_kernel(
     eps,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0)
     dtype = x.dtype
     x = x.to(tl.float32)

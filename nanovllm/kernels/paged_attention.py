@@ -10,14 +10,6 @@ import torch
 from torch.nn import functional as F
 
 
-def store_kv_torch(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    """Write `k`, `v` [T, Hkv, D] to the slots [T] of the caches."""
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slot_mapping, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slot_mapping, v)
-
-
 def context_slots(block_tables: torch.Tensor, block_size: int, length: int) -> torch.Tensor:
     """Slots [B, length] of the first `length` tokens of sequences with `block_tables` [B, W]."""
     positions = torch.arange(length, device=block_tables.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from nanovllm.kernels.layernorm import rms_norm_torch
-from nanovllm.kernels.triton_compat import tl, triton
+from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 # Most heads of one program.
 MAX_HEADS = 16
@@ -79,6 +79,7 @@ def qk_norm_rope_store(
     q = torch.empty(tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     block_heads = min(MAX_HEADS, triton.next_power_of_2(max(num_heads, num_kv_heads)))
     q_programs, kv_programs = triton.cdiv(num_heads, block_heads), triton.cdiv(num_kv_heads, block_heads)
+    pdl = use_pdl(qkv)
     _qk_norm_rope_store_kernel[(tokens, q_programs + 2 * kv_programs)](
         qkv,
         positions,
@@ -101,6 +102,8 @@ def qk_norm_rope_store(
         BLOCK_SIZE=block_size,
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        PDL=pdl,
+        launch_pdl=pdl,
         num_warps=4,
     )
     return q
@@ -133,10 +136,14 @@ def _qk_norm_rope_store_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     Q_PROGRAMS: tl.constexpr = (NUM_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     KV_PROGRAMS: tl.constexpr = (NUM_KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     HALF: tl.constexpr = HEAD_DIM // 2
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     # Programs of one token: its query heads, then its key heads, then its value heads.
     program = tl.program_id(1)

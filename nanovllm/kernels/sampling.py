@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.kernels.triton_compat import tl, triton
+from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 # Below every key: what `sample_keys` wants in `out`.
 LEAST_KEY = -(2**63)
@@ -52,8 +52,9 @@ def sample_keys_torch(
     greedy = temperature == 0
     # So low that it is greedy already; a lower one would overflow to several infinities.
     scores = logits[:, :columns].float() / torch.where(greedy, 1.0, temperature.clamp(min=1e-20))
-    noise = gumbel_noise(seeds[rows], steps[rows], columns, vocab_start)
-    scores = torch.where(greedy, scores, scores + noise)
+    sampled = (~greedy.squeeze(1)).nonzero().squeeze(1)
+    if len(sampled):
+        scores[sampled] += gumbel_noise(seeds[rows[sampled]], steps[rows[sampled]], columns, vocab_start)
     best = scores.argmax(dim=-1, keepdim=True)
     score = scores.gather(1, best)
     # -0.0 equals 0.0, and NaN is the largest, as for argmax.
@@ -82,6 +83,7 @@ def sample_keys(
     assert logits.stride(1) == 1
     splits = min(triton.cdiv(TARGET_PROGRAMS, count), max(1, columns // MIN_COLUMNS))
     split_columns = triton.cdiv(triton.cdiv(columns, splits), BLOCK) * BLOCK
+    pdl = use_pdl(logits)
     _sample_kernel[(count, triton.cdiv(columns, split_columns))](
         logits,
         rows,
@@ -94,6 +96,8 @@ def sample_keys(
         columns,
         split_columns,
         BLOCK=BLOCK,
+        PDL=pdl,
+        launch_pdl=pdl,
         num_warps=8,
     )
     return out
@@ -175,7 +179,11 @@ def _sample_kernel(
     columns,
     split_columns,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + i)
     temperature = tl.load(temperatures + row)

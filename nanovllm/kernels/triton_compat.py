@@ -5,6 +5,7 @@ Kernel modules take `triton` and `tl` from here; layers ask `use_triton` which o
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -16,10 +17,25 @@ try:
     HAS_TRITON = True
 except ImportError:
     HAS_TRITON = False
-    triton = SimpleNamespace(jit=lambda function: function)
+    triton = SimpleNamespace(jit=lambda function=None, **_: function if function else lambda kernel: kernel)
     tl = SimpleNamespace(constexpr=lambda value: value)
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
     """Whether Triton kernels can take `tensor`; where not, the torch reference does."""
     return HAS_TRITON and tensor.is_cuda
+
+
+@cache
+def _device_has_pdl(index: int) -> bool:
+    return torch.cuda.get_device_capability(index)[0] >= 9 and hasattr(tl.extra.cuda, "gdc_wait")
+
+
+def use_pdl(tensor: torch.Tensor) -> bool:
+    """Whether kernels on `tensor`'s device can begin while the one before ends (programmatic dependent launch, CUDA 12, Hopper).
+
+    A kernel launched so calls `gdc_wait` before it touches what an earlier kernel made, and in all its programs, so that its
+    own end means the end of all before it. It may call `gdc_launch_dependents` only after that: then everything but its direct
+    predecessor is complete when a kernel starts.
+    """
+    return tensor.is_cuda and _device_has_pdl(tensor.device.index or 0)

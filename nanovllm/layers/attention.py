@@ -1,153 +1,122 @@
-"""Attention: the one interface behind which backends differ, the backends by name, and the layer models use.
+"""Attention: the one interface behind which backends differ, their choice by name, and the layer models use.
 
-A backend is asked once a step for a plan (what every layer can share: slots, masks, splits) and once a layer to store the new
-keys and values and attend over the cache.
+A backend is asked once a step for a plan (what every layer can share: slots, masks, splits) and once a layer to attend over the
+cache, which holds the step's own keys and values by then.
 """
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from importlib.util import find_spec
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from nanovllm.errors import UserError
-from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch, paged_prefill_torch, store_kv_torch
+from nanovllm.kernels.triton_compat import HAS_TRITON
 from nanovllm.utils.context import ForwardContext
+
+Ints = npt.NDArray[np.int64]
+NO_CHUNKS = np.zeros(0, dtype=np.int64)
 
 
 class AttentionBatch(NamedTuple):
-    """One step's B sequences, the `num_decodes` with a single new token first, longest context first among them.
+    """One step's sequences: D decodes with a single new token each, then C prefill chunks.
 
     Attributes:
-        query_lens: new tokens of each sequence; context_lens: its tokens in the cache after this step, on the host.
-        block_tables: [B, W] block ids, rows padded at their end, on the device.
-        block_size: tokens of a block.
+        block_tables: [R, W] int32 block ids on the device, one row a slot; block_size: tokens of a block.
+        decode_slots, decode_lens: [D] on the device, each decode's row of `block_tables` and its tokens in the cache after
+            this step (0: a padding row).
+        host_decode_lens: the lengths on the host, the longest first; None where only the device knows them.
+        chunk_slots, chunk_query_lens, chunk_lens: [C] on the host, rows of `block_tables`, new tokens, and tokens in the
+            cache after this step.
     """
 
-    num_decodes: int
-    query_lens: list[int]
-    context_lens: list[int]
     block_tables: torch.Tensor
     block_size: int
+    decode_slots: torch.Tensor
+    decode_lens: torch.Tensor
+    host_decode_lens: list[int] | None
+    chunk_slots: Ints = NO_CHUNKS
+    chunk_query_lens: Ints = NO_CHUNKS
+    chunk_lens: Ints = NO_CHUNKS
 
 
 class AttentionBackend(ABC):
-    """Attention over the paged cache of one model; the head counts (Hq, Hkv) are this rank's, D is `head_dim`."""
+    """Attention over the paged cache of one model.
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    Args:
+        num_heads, num_kv_heads: Hq and Hkv of this rank; head_dim: D.
+        max_num_seqs: most decodes of a step; device: where the cache is.
+    """
+
+    # Whether a step of decodes needs nothing of the host, so that a CUDA graph can hold it.
+    supports_graphs: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_num_seqs: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.max_num_seqs = max_num_seqs
+        self.device = device or torch.device("cpu")
         self.scale = head_dim**-0.5
 
     @abstractmethod
     def plan(self, batch: AttentionBatch) -> Any:
-        """What all layers of a step share; kept in `ForwardContext.attention_plan`."""
-
-    @abstractmethod
-    def store(
-        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        """Write `k`, `v` [T, Hkv, D] into the caches [N, P, Hkv, D]."""
+        """What all layers of a step share; kept in `ForwardContext.attention_plan`. A plan lasts until the next one."""
 
     @abstractmethod
     def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any) -> torch.Tensor:
-        """`q` [T, Hq, D] over the caches -> [T, Hq, D]; decodes' rows first, then the prefill chunks' rows."""
+        """`q` [T, Hq, D] over the caches [N, P, Hkv, D] -> [T, Hq, D]; decodes' rows first, then the chunks' rows."""
 
 
-class _Span(NamedTuple):
-    """Rows `start` to `end` of the step attend to `slots`: [B, S] and `mask` for decodes, [S] for one prefill chunk."""
-
-    start: int
-    end: int
-    slots: torch.Tensor
-    mask: torch.Tensor | None = None
-
-
-class TorchPlan(NamedTuple):
-    """Decodes grouped by similar context length, and every prefill chunk."""
-
-    decodes: list[_Span]
-    prefills: list[_Span]
+def available_backends(device: torch.device) -> list[str]:
+    """Names of the backends that can run on `device` here, the preferred one first."""
+    names = ["torch"]
+    if HAS_TRITON and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
+        # Interpreted, it is for tests only.
+        names.insert(0 if device.type == "cuda" else 1, "triton")
+    if device.type == "cuda" and (find_spec("flash_attn_interface") or find_spec("flash_attn")):
+        names.append("flash")
+    return names
 
 
-class TorchBackend(AttentionBackend):
-    """Plain torch: the reference, and the CPU's path. Decodes run as one batched call for each group of similar lengths."""
-
-    # A group's shortest context is at least this part of its longest, which bounds the padding read for nothing.
-    min_fill = 0.7
-    # On a CPU a group's keys, copied together, stay within a core's cache until they are used (bench/NOTES.md).
-    max_group_elements = 1 << 19
-
-    def plan(self, batch: AttentionBatch) -> TorchPlan:
-        """See `AttentionBackend.plan`."""
-        decodes: list[_Span] = []
-        start = 0
-        while start < batch.num_decodes:
-            longest = batch.context_lens[start]
-            end = start + 1
-            most = min(batch.num_decodes, start + max(1, self._max_group_rows(batch, longest)))
-            while end < most and batch.context_lens[end] >= self.min_fill * longest:
-                end += 1
-            decodes.append(self._decode_span(batch, start, end))
-            start = end
-        prefills: list[_Span] = []
-        for i in range(batch.num_decodes, len(batch.query_lens)):
-            end = start + batch.query_lens[i]
-            slots = context_slots(batch.block_tables[i : i + 1], batch.block_size, batch.context_lens[i])
-            prefills.append(_Span(start, end, slots[0]))
-            start = end
-        return TorchPlan(decodes, prefills)
-
-    def _max_group_rows(self, batch: AttentionBatch, longest: int) -> int:
-        if batch.block_tables.device.type != "cpu":
-            return batch.num_decodes
-        return self.max_group_elements // (longest * self.num_kv_heads * self.head_dim)
-
-    @staticmethod
-    def _decode_span(batch: AttentionBatch, start: int, end: int) -> _Span:
-        lens = batch.context_lens[start:end]
-        slots = context_slots(batch.block_tables[start:end], batch.block_size, lens[0])
-        if lens[-1] == lens[0]:
-            return _Span(start, end, slots)
-        device = slots.device
-        mask = torch.arange(lens[0], device=device) < torch.tensor(lens, device=device)[:, None]
-        return _Span(start, end, slots, mask)
-
-    def store(
-        self, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        """See `AttentionBackend.store`."""
-        store_kv_torch(k, v, k_cache, v_cache, slot_mapping)
-
-    def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: TorchPlan) -> torch.Tensor:
-        """See `AttentionBackend.attend`."""
-        out = torch.empty_like(q)
-        for start, end, slots, mask in plan.decodes:
-            out[start:end] = paged_decode_torch(q[start:end], k_cache, v_cache, slots, mask, self.scale)
-        for start, end, slots, _ in plan.prefills:
-            out[start:end] = paged_prefill_torch(q[start:end], k_cache, v_cache, slots, self.scale)
-        return out
-
-
-BACKENDS: dict[str, type[AttentionBackend]] = {"torch": TorchBackend}
-
-
-def select_backend(name: str) -> type[AttentionBackend]:
+def select_backend(name: str, device: torch.device) -> type[AttentionBackend]:
     """The backend called `name`; "auto" takes the fastest there is.
 
     Raises:
         UserError: a backend this installation does not have.
     """
+    names = available_backends(device)
     if name == "auto":
-        return TorchBackend
-    if name not in BACKENDS:
+        name = names[0]
+    if name not in names:
         raise UserError(
-            f"attention_backend={name!r} is not available here; available: {', '.join(sorted(BACKENDS))}; use auto"
+            f"attention_backend={name!r} is not available here; available: {', '.join(sorted(names))}; use auto"
         )
-    return BACKENDS[name]
+    # Imported by name: a backend's packages need not be there for the others.
+    if name == "triton":
+        from nanovllm.layers.backends.triton_backend import TritonBackend
+
+        return TritonBackend
+    if name == "flash":
+        from nanovllm.layers.backends.flash_backend import FlashBackend
+
+        return FlashBackend
+    from nanovllm.layers.backends.torch_backend import TorchBackend
+
+    return TorchBackend
 
 
 class Attention(nn.Module):
@@ -159,7 +128,6 @@ class Attention(nn.Module):
         self.k_cache = torch.empty(0)
         self.v_cache = torch.empty(0)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """`q` [T, Hq, D], `k` and `v` [T, Hkv, D] of the new tokens -> [T, Hq * D]."""
-        self.backend.store(k, v, self.k_cache, self.v_cache, context.slot_mapping)
+    def forward(self, q: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """`q` [T, Hq, D] of the new tokens, whose keys and values are in the cache -> [T, Hq * D]."""
         return self.backend.attend(q, self.k_cache, self.v_cache, context.attention_plan).flatten(1)

@@ -40,5 +40,5 @@ class ParallelLMHead(VocabParallelEmbedding):
     """The output projection; holds its own weight, or the embedding's where the two are tied."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[S, hidden_size] -> logits [S, vocab_size], whole on every rank."""
-        return self.tp.all_gather_last(F.linear(hidden, self.weight))[:, : self.vocab_size]
+        """[S, hidden_size] -> logits [S, rows] of this rank's vocabulary ids, from `start`; those past its end mean nothing."""
+        return F.linear(hidden, self.weight)

@@ -22,13 +22,11 @@ class TensorParallel:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def all_gather_last(self, x: torch.Tensor) -> torch.Tensor:
-        """Concatenate `x` [..., D] of all ranks to [..., size * D]."""
-        if self.size == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.cat(parts, dim=-1)
+    def all_reduce_max(self, x: torch.Tensor) -> torch.Tensor:
+        """Largest of `x` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
 
     def shard(self, total: int) -> int:
         """This rank's part of a dimension; preflight has checked that it divides."""

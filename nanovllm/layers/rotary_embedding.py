@@ -13,7 +13,10 @@ from nanovllm.models.config import RopeConfig
 
 
 class RotaryEmbedding(nn.Module):
-    """A table of cosines and sines, [max_position, head_dim] each, in the model's type; shared by all layers."""
+    """A table of cosines and sines, [max_position, head_dim] each, in the model's type; shared by all layers.
+
+    `kernels.qk_norm_rope` rotates by it.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -28,16 +31,6 @@ class RotaryEmbedding(nn.Module):
             cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
         self.register_buffer("cos", cos.to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("sin", sin.to(torch.get_default_dtype()), persistent=False)
-
-    def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate `q` [T, Hq, D] and `k` [T, Hkv, D] by `positions` [T]."""
-        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-        return _rotate(q, cos, sin), _rotate(k, cos, sin)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:

@@ -1,29 +1,33 @@
-"""Sampling on the device: greedy, or temperature by the Gumbel-max trick with random numbers that belong to the sequence.
-
-The noise of a token is a hash of (sequence seed, index of the generated token, vocabulary id). It does not depend on the batch,
-the step or a generator's state, so a row's tokens are the same whatever ran beside it.
-"""
+"""Sampling over a vocabulary that is sharded over ranks: each takes the best of its own ids, an integer maximum joins them."""
 
 from __future__ import annotations
 
 import torch
 
-from nanovllm.kernels.sampling import gumbel_noise
+from nanovllm.kernels.sampling import sample_keys, sample_keys_torch
+from nanovllm.kernels.triton_compat import use_triton
+from nanovllm.layers.embed_head import ParallelLMHead
 
 
-def sample(logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Draw one token a row.
+def sample(
+    head: ParallelLMHead,
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    steps: torch.Tensor,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Draw one token a row of `logits` [S, V], which `head` made; the same on every rank.
 
     Args:
-        logits: [S, V].
-        temperatures: [S] float32, 0 for greedy rows.
-        seeds: [S] int64, below 2**63; steps: [S] int64, how many tokens the sequence has generated before.
+        rows, temperatures, seeds, steps: as in `kernels.sampling.sample_keys_torch`.
+        out: [S] int64 holding `LEAST_KEY`, written.
 
     Returns:
-        [S] int64 token ids: argmax(logits / temperature + Gumbel noise), distributed as softmax(logits / temperature).
+        `out`: keys that `keys_to_tokens` reads.
     """
-    greedy = (temperatures == 0).unsqueeze(1)
-    # So low that it is greedy already; a lower one would overflow to several infinities.
-    scaled = logits.float() / torch.where(greedy, 1.0, temperatures.clamp(min=1e-20).unsqueeze(1))
-    noise = gumbel_noise(seeds, steps, logits.shape[1])
-    return torch.where(greedy, scaled, scaled + noise).argmax(dim=-1)
+    kernel = sample_keys if use_triton(logits) else sample_keys_torch
+    return head.tp.all_reduce_max(
+        kernel(logits, rows, temperatures, seeds, steps, vocab_start=head.start, vocab_size=head.vocab_size, out=out)
+    )

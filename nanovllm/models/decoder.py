@@ -11,6 +11,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from nanovllm.kernels.qk_norm_rope import qk_norm_rope_store, qk_norm_rope_store_torch
+from nanovllm.kernels.triton_compat import use_triton
 from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.attention import Attention, AttentionBackend
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
@@ -37,25 +39,33 @@ class SelfAttention(nn.Module):
         qk_norm: bool,
     ) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.q_size = tp.shard(config.num_heads) * config.head_dim
-        self.kv_size = max(1, config.num_kv_heads // tp.size) * config.head_dim
         self.qkv_proj = qkv_parallel_linear(
             config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, qkv_bias, tp
         )
         self.o_proj = RowParallelLinear(config.num_heads * config.head_dim, config.hidden_size, output_bias, tp)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
+        self.norm_eps = config.rms_norm_eps
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else None
         self.rotary = rotary
         self.attn = Attention(backend)
 
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """[T, H] -> [T, H]."""
-        q, k, v = self.qkv_proj(hidden).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
-        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim)))
-        k = self.k_norm(k.unflatten(-1, (-1, self.head_dim)))
-        q, k = self.rotary(positions, q, k)
-        out: torch.Tensor = self.o_proj(self.attn(q, k, v.unflatten(-1, (-1, self.head_dim)), context))
+        qkv = self.qkv_proj(hidden)
+        norm_rope_store = qk_norm_rope_store if use_triton(qkv) else qk_norm_rope_store_torch
+        q = norm_rope_store(
+            qkv,
+            positions,
+            self.rotary.cos,
+            self.rotary.sin,
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            self.norm_eps,
+            self.attn.k_cache,
+            self.attn.v_cache,
+            context.slot_mapping,
+        )
+        out: torch.Tensor = self.o_proj(self.attn(q, context))
         return out
 
 
@@ -154,6 +164,6 @@ class CausalLM(nn.Module, ABC):
         return hidden
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[S, H] -> [S, vocab_size]."""
+        """[S, H] -> logits [S, rows] of this rank's part of the vocabulary, see `ParallelLMHead`."""
         logits: torch.Tensor = self.lm_head(hidden)
         return logits

@@ -86,15 +86,15 @@ def test_shutdown_ends_requests_in_flight(chat_model_dir: Path) -> None:
 
 def test_a_failing_step_resolves_every_future(engine: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = engine._engine.executor
-    execute, calls = executor.execute, []
+    launch, calls = executor.launch, []
 
-    def fail_later(step: Any) -> list[int]:
+    def fail_later(step: Any) -> None:
         calls.append(step)
         if len(calls) > 5:
             raise RuntimeError("out of memory")
-        return execute(step)
+        launch(step)
 
-    monkeypatch.setattr(executor, "execute", fail_later)
+    monkeypatch.setattr(executor, "launch", fail_later)
     futures: list[Future[RequestOutput]] = [
         engine.submit(text, SamplingParams(max_tokens=50, ignore_eos=True)) for text in TEXTS
     ]

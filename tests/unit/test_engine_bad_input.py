@@ -66,7 +66,10 @@ def test_gpu_where_there_is_none(model_dir: Path) -> None:
 
 @NO_GPU
 @pytest.mark.parametrize("backend", ["triton", "flash"])
-def test_attention_backend_that_is_not_available(model_dir: Path, backend: str) -> None:
+def test_attention_backend_that_is_not_available(
+    model_dir: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     line = refusal(model_dir, attention_backend=backend)
     assert f"attention_backend={backend!r}" in line
     assert "torch" in line

@@ -18,7 +18,8 @@ def admit(manager: BlockManager, tokens: list[int]) -> Sequence:
     """A sequence that has its blocks, all of them computed."""
     seq = Sequence(0, tokens, SamplingParams(), 100, seed=0)
     manager.allocate(seq, manager.match_prefix(seq))
-    manager.register(seq, seq.num_tokens)
+    seq.num_computed_tokens = len(tokens)
+    manager.register(seq)
     return seq
 
 
@@ -108,7 +109,8 @@ def test_generated_tokens_are_cached_too() -> None:
     for token in (3, 4, 5):
         seq.token_ids.append(token)
         manager.extend(seq, seq.num_tokens)
-        manager.register(seq, seq.num_tokens)
+        seq.num_computed_tokens = seq.num_tokens
+        manager.register(seq)
     manager.free(seq)
     assert cached_tokens(manager, [*A, 1, 2, 3, 4]) == 8
 

@@ -227,7 +227,7 @@ def test_an_interrupted_call_leaves_nothing_behind(chat_model_dir: Path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ModelRunner, "execute", interrupt)
+        patch.setattr(ModelRunner, "launch", interrupt)
         with pytest.raises(KeyboardInterrupt):
             greedy(llm, [prompt, "hello"])
     assert not llm.has_work

@@ -11,7 +11,12 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import scheduler
-from nanovllm.layers.sampler import gumbel_noise, sample
+from nanovllm.kernels.sampling import gumbel_noise, keys_to_tokens, sample_keys_torch
+
+
+def sample(logits: torch.Tensor, *state: torch.Tensor) -> torch.Tensor:
+    """Tokens of rows whose temperatures, seeds and steps are `state`."""
+    return keys_to_tokens(sample_keys_torch(logits, torch.arange(len(logits)), *state))
 
 
 def draw(logits: torch.Tensor, temperature: float, seeds: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

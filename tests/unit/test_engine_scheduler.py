@@ -2,36 +2,46 @@
 
 A shadow of the KV cache stores for each slot which token prefix was written there. Whatever a sequence reads must be
 the prefix it would have computed itself: that is what makes a cached, preempted or chunked answer equal an undisturbed one.
+
+Every workload runs both ways: each step's tokens handed in before the next step is scheduled, or one step late.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections import Counter
+from collections import Counter, deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
+import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from nanovllm.engine import block_manager as block_manager_module
 from nanovllm.engine import scheduler as scheduler_module
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.model_input import build_model_input, is_decode, order_batch
 from nanovllm.engine.scheduler import ScheduledSequence, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.outputs import FinishReason
 from nanovllm.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
 class Request:
-    """`arrival`: the step before which it is added; `abort`: the step before which it is aborted, if it still runs."""
+    """`arrival`: the step before which it is added; `abort`: the step before which it is aborted, if it still runs.
+
+    `stop`: it stops by itself after so many tokens, which the scheduler cannot know before they are read.
+    """
 
     prompt: list[int]
     max_new_tokens: int
     arrival: int = 0
     abort: int | None = None
+    stop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,9 +60,13 @@ class Workload:
 
 @dataclass
 class Simulation:
-    """The engine's step with a token function for a model, checking everything after each move."""
+    """The engine's step with a token function for a model, checking everything after each move.
+
+    `overlap`: a step is launched before the tokens of the one before are handed in, as `LLMEngine.step` does it.
+    """
 
     workload: Workload
+    overlap: bool
     shadow: dict[int, int] = field(default_factory=dict)
     prefixes: dict[tuple[int, int], int] = field(default_factory=dict)
     admitted: list[int] = field(default_factory=list)
@@ -60,24 +74,34 @@ class Simulation:
     findable: list[int] = field(default_factory=list)
     computed: set[tuple[int, ...]] = field(default_factory=set)
     steps: int = 0
+    surplus: int = 0
+    preempted_pending: int = 0
+    aborted_pending: int = 0
 
     def __post_init__(self) -> None:
         w = self.workload
         self.blocks = BlockManager(w.num_blocks, w.block_size, w.prefix_caching)
         self.scheduler = Scheduler(w.max_num_seqs, w.budget, self.blocks)
         self.seqs: list[Sequence] = []
-        self.aborts: dict[int, int | None] = {}
+        self.requests: list[Request] = []
         self.chains: dict[int, list[int]] = {}
         self.finished: list[Sequence] = []
+        # What the device knows: the tokens of every sequence, pending ones too, and for each slot its block table and
+        # [next token, its position, tokens generated before, seed].
+        self.tokens: list[list[int]] = []
+        self.tables: dict[int, dict[int, int]] = {}
+        self.states: dict[int, list[int]] = {}
+        self.reach: dict[int, int] = {}
+        self.in_flight: deque[list[tuple[Sequence, int]]] = deque()
 
     def run(self) -> None:
-        pending = sorted(enumerate(self.workload.requests), key=lambda item: item[1].arrival)
+        pending = sorted(self.workload.requests, key=lambda request: request.arrival)
         total = sum(len(r.prompt) + r.max_new_tokens for r in self.workload.requests)
-        while pending or self.scheduler.has_work:
-            while pending and (pending[0][1].arrival <= self.steps or not self.scheduler.has_work):
-                self.add(pending.pop(0)[1])
+        while pending or self.has_work:
+            while pending and (pending[0].arrival <= self.steps or not self.has_work):
+                self.add(pending.pop(0))
             self.abort()
-            if self.scheduler.has_work:
+            if self.has_work:
                 self.step()
             self.steps += 1
             # Every step generates, or computes a chunk; recomputing after preemption is bounded by the oldest's progress.
@@ -86,70 +110,157 @@ class Simulation:
         assert self.blocks.num_free_blocks == self.workload.num_blocks
         assert all(block.ref_count == 0 for block in self.blocks.blocks)
         assert all(seq.status is SequenceStatus.FINISHED and not seq.block_table for seq in self.seqs)
+        assert all(seq.num_pending == 0 and seq.slot == -1 for seq in self.seqs)
+        assert sorted(self.scheduler.free_slots) == list(range(self.scheduler.max_num_seqs))
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self.in_flight)
 
     def add(self, request: Request) -> None:
         # The limits `LLMEngine.make_sequence` sets: the last token generated is never stored.
         pool = self.workload.num_blocks * self.workload.block_size
         prompt = request.prompt[:pool]
         limit = min(request.max_new_tokens, pool - len(prompt) + 1)
-        seq = Sequence(len(self.seqs), prompt, SamplingParams(), limit, seed=0)
+        seq = Sequence(len(self.seqs), prompt, SamplingParams(), limit, seed=len(self.seqs) + 1000)
         self.seqs.append(seq)
-        self.aborts[seq.seq_id] = request.abort
+        self.requests.append(request)
+        self.tokens.append(list(prompt))
         self.scheduler.add(seq)
 
     def abort(self) -> None:
-        for seq in self.seqs:
-            if self.aborts[seq.seq_id] == self.steps and seq.status is not SequenceStatus.FINISHED:
-                self.scheduler.finish(seq, "error")
-                self.check_blocks()
+        for seq, request in zip(self.seqs, self.requests, strict=True):
+            if request.abort == self.steps and seq.status is not SequenceStatus.FINISHED:
+                self.aborted_pending += seq.num_pending > 0
+                self.finish(seq, "error")
+
+    def finish(self, seq: Sequence, reason: FinishReason) -> None:
+        if seq.status is SequenceStatus.RUNNING:
+            self.remember(seq)
+        self.scheduler.finish(seq, reason)
+        self.check_blocks()
 
     def step(self) -> None:
         shared_before = {block.block_id for block in self.blocks.blocks if block.ref_count > 1}
+        running_before = list(self.scheduler.running)
         batch = self.scheduler.schedule()
-        assert batch, "a step with no work"
+        assert batch or self.in_flight, "a step with no work"
         assert len(self.scheduler.running) <= self.workload.max_num_seqs
-        assert 0 < sum(item.num_tokens for item in batch) <= self.workload.budget
+        assert sum(item.num_tokens for item in batch) <= self.workload.budget
         assert all(item.num_tokens > 0 for item in batch)
-        assert [item.seq for item in batch] == self.scheduler.running[: len(batch)], "the oldest come first"
+        # A sequence is left out where it needs no more steps: its last token is pending.
+        done = {s.seq_id for s in self.scheduler.running if s.num_generated_tokens + s.num_pending >= s.max_new_tokens}
+        done -= {item.seq.seq_id for item in batch}
+        running = [seq for seq in self.scheduler.running if seq.seq_id not in done]
+        assert [item.seq for item in batch] == running[: len(batch)], "the oldest come first"
+        self.preempted_pending += sum(
+            seq.num_pending > 0 for seq in running_before if seq.status is SequenceStatus.WAITING
+        )
         self.check_blocks()
         self.check_admission(batch)
+        if batch:
+            self.launch(batch, shared_before)
+        if self.in_flight and (not batch or len(self.in_flight) > self.overlap):
+            self.collect()
+        self.check_blocks()
+
+    def launch(self, batch: list[ScheduledSequence], shared_before: set[int]) -> None:
+        """What the device does in one step. Steps run in the order of their launch, so a step may be over at once."""
+        for item in batch:
+            self.check_item(item)
+        self.check_device(order_batch(batch))
         self.write(batch, shared_before)
         for item in batch:
             self.check_reads(item)
-        for item in batch:
-            if item.samples:
-                self.sample(item.seq)
-        self.check_blocks()
+        sampled: list[tuple[Sequence, int]] = []
+        for seq, start, num_tokens, samples in batch:
+            if samples:
+                sampled.append((seq, self.sample(seq)))
+                self.tokens[seq.seq_id].append(sampled[-1][1])
+                generated = self.states[seq.slot][2]
+                self.states[seq.slot][:3] = [sampled[-1][1], start + num_tokens, generated + 1]
+        self.in_flight.append(sampled)
+
+    def collect(self) -> None:
+        """`LLMEngine._collect` with the request's own stop for stop rules."""
+        for seq, token in self.in_flight.popleft():
+            seq.num_pending -= 1
+            if seq.status is SequenceStatus.FINISHED:
+                self.surplus += 1
+                continue
+            seq.token_ids.append(token)
+            stop = self.requests[seq.seq_id].stop
+            assert seq.num_generated_tokens <= seq.max_new_tokens
+            if seq.num_generated_tokens in (stop, seq.max_new_tokens):
+                self.finish(seq, "length" if seq.num_generated_tokens == seq.max_new_tokens else "stop")
+                self.finished.append(seq)
+
+    def check_item(self, item: ScheduledSequence) -> None:
+        seq, start, num_tokens, samples = item
+        pending = seq.num_pending - samples  # those of steps before this one
+        assert 0 <= pending <= self.overlap
+        known = len(seq.token_ids)
+        assert len(self.tokens[seq.seq_id]) == known + pending
+        assert self.tokens[seq.seq_id][:known] == seq.token_ids
+        assert samples == (start + num_tokens == known + pending)
+        assert seq.num_generated_tokens + pending + samples <= seq.max_new_tokens, "a token too many"
+        if is_decode(item):
+            assert start == known + pending - 1
+        else:
+            assert start + num_tokens <= known, "a prefill chunk whose tokens the host does not know"
+
+    def check_device(self, batch: list[ScheduledSequence]) -> None:
+        """What the engine tells the device is enough for it: all else it knows from the steps before."""
+        step = build_model_input(batch)
+        for slot, column, block in step.new_blocks.T.tolist():
+            self.tables.setdefault(slot, {})[column] = block
+        for slot, *state in step.new_sequences.T.tolist():
+            self.states[slot] = state
+        chunks: list[int] = []
+        assert step.slots.tolist() == [item.seq.slot for item in batch]
+        for index, (seq, start, num_tokens, samples) in enumerate(batch):
+            assert [self.tables[seq.slot].get(column) for column in range(len(seq.block_table))] == seq.block_table
+            tokens = self.tokens[seq.seq_id]
+            token, position, generated, seed = self.states.get(seq.slot, [0] * 4)
+            if samples:
+                assert (generated, seed) == (len(tokens) - seq.num_prompt_tokens, seq.seed)
+            if index < step.num_decodes:
+                assert (token, position) == (tokens[start], start)
+                assert samples and num_tokens == 1
+            else:
+                chunks += tokens[start : start + num_tokens]
+        assert step.token_ids.tolist() == chunks
+        assert step.sample_rows.tolist() == [row for row, item in enumerate(batch) if item.samples]
 
     def check_admission(self, batch: list[ScheduledSequence]) -> None:
         known = set(self.admitted)
         for item in batch:
             seq = item.seq
-            if seq.seq_id in known:
-                self.remember(item)
-                continue
-            self.admitted.append(seq.seq_id)
-            self.cached.append(seq.num_cached_tokens)
-            self.findable.append(self.longest_known(seq))
-            self.remember(item)
-            assert seq.num_cached_tokens == item.start, "cached tokens are those the first chunk leaves out"
-            assert seq.num_cached_tokens < seq.num_prompt_tokens
-            if not self.workload.prefix_caching:
-                assert seq.num_cached_tokens == 0
+            if seq.seq_id not in known:
+                self.admitted.append(seq.seq_id)
+                self.cached.append(seq.num_cached_tokens)
+                self.findable.append(self.longest_known(seq))
+                assert seq.num_cached_tokens == item.start, "cached tokens are those the first chunk leaves out"
+                assert seq.num_cached_tokens < seq.num_prompt_tokens
+                if not self.workload.prefix_caching:
+                    assert seq.num_cached_tokens == 0
+            self.reach[seq.seq_id] = item.start + item.num_tokens
+            self.remember(seq)
         assert self.admitted == sorted(self.admitted), "first come, first admitted"
 
     def longest_known(self, seq: Sequence) -> int:
         size = self.workload.block_size
-        ends = range(size, seq.num_tokens, size)  # the last token is always computed
+        ends = range(size, seq.num_prompt_tokens, size)  # the last token is always computed
         return next((end for end in reversed(ends) if tuple(seq.token_ids[:end]) in self.computed), 0)
 
-    def remember(self, item: ScheduledSequence) -> None:
-        size, end = self.workload.block_size, item.start + item.num_tokens
-        self.computed.update(tuple(item.seq.token_ids[:stop]) for stop in range(size, end + 1, size))
+    def remember(self, seq: Sequence) -> None:
+        """The blocks of `seq` are findable as far as they are computed and the host knows their tokens."""
+        size, end = self.workload.block_size, min(self.reach.get(seq.seq_id, 0), len(seq.token_ids))
+        self.computed.update(tuple(seq.token_ids[:stop]) for stop in range(size, end + 1, size))
 
     def write(self, batch: list[ScheduledSequence], shared_before: set[int]) -> None:
         written: set[int] = set()
-        for seq, start, num_tokens in batch:
+        for seq, start, num_tokens, _ in batch:
             for position in range(start, start + num_tokens):
                 slot = self.slot(seq, position)
                 assert slot not in written, "two sequences write one slot"
@@ -165,6 +276,7 @@ class Simulation:
             )
 
     def slot(self, seq: Sequence, position: int) -> int:
+        """Where the KV of a token goes; not to be taken for `Sequence.slot`."""
         size = self.workload.block_size
         return seq.block_table[position // size] * size + position % size
 
@@ -172,20 +284,18 @@ class Simulation:
         """A number that stands for the tokens 0..position and for no others."""
         cache = self.chains.setdefault(seq.seq_id, [])
         while len(cache) <= position:
-            key = (cache[-1] if cache else 0, seq.token_ids[len(cache)])
+            key = (cache[-1] if cache else 0, self.tokens[seq.seq_id][len(cache)])
             cache.append(self.prefixes.setdefault(key, len(self.prefixes) + 1))
         return cache[position]
 
-    def sample(self, seq: Sequence) -> None:
+    def sample(self, seq: Sequence) -> int:
         # A function of the whole prefix, so equal sequences go on equally and their generated blocks are shared too.
-        token = self.prefix(seq, seq.num_tokens - 1) * 2654435761 % 97 % 2
-        seq.token_ids.append(token)
-        if seq.num_generated_tokens >= seq.max_new_tokens:
-            self.scheduler.finish(seq, "length")
-            self.finished.append(seq)
+        return hash(tuple(self.tokens[seq.seq_id])) % 97 % 2
 
     def check_blocks(self) -> None:
+        self.check_slots()
         holders = Counter(block_id for seq in self.scheduler.running for block_id in seq.block_table)
+        self.check_sharing(holders)
         assert all(len(set(seq.block_table)) == len(seq.block_table) for seq in self.scheduler.running)
         assert not any(seq.block_table for seq in self.scheduler.waiting)
         for block in self.blocks.blocks:
@@ -196,6 +306,23 @@ class Simulation:
         assert all(self.blocks.cached[block.hash] is block for block in cached)
         assert len({block.node for block in cached}) == len(cached)
 
+    def check_slots(self) -> None:
+        slots = [seq.slot for seq in self.scheduler.running]
+        assert sorted(slots + self.scheduler.free_slots) == list(range(self.scheduler.max_num_seqs))
+        running = {seq.seq_id for seq in self.scheduler.running}
+        assert all(seq.slot == -1 for seq in self.seqs if seq.seq_id not in running)
+
+    def check_sharing(self, holders: Counter[int]) -> None:
+        """A block of several sequences is a full block of a prefix they have in common."""
+        size = self.workload.block_size
+        contents: dict[int, tuple[int, ...]] = {}
+        for seq in self.scheduler.running:
+            for index, block_id in enumerate(seq.block_table):
+                if holders[block_id] > 1:
+                    prefix = tuple(seq.token_ids[: (index + 1) * size])
+                    assert len(prefix) == (index + 1) * size, "a block that is not full is shared"
+                    assert contents.setdefault(block_id, prefix) == prefix
+
 
 @st.composite
 def workloads(draw: st.DrawFn) -> Workload:
@@ -205,12 +332,13 @@ def workloads(draw: st.DrawFn) -> Workload:
     requests = draw(
         st.lists(
             st.builds(
-                lambda beginning, rest, new, arrival, abort: Request([*beginning, *rest], new, arrival, abort),
+                lambda beginning, rest, *others: Request([*beginning, *rest], *others),
                 st.sampled_from(beginnings),
                 st.lists(st.integers(0, 1), min_size=1, max_size=8),
                 st.integers(1, 24),
                 st.just(0) | st.integers(0, 12),
                 st.none() | st.none() | st.integers(0, 24),
+                st.none() | st.integers(1, 24),
             ),
             min_size=1,
             max_size=10,
@@ -228,7 +356,7 @@ def workloads(draw: st.DrawFn) -> Workload:
     )
 
 
-def simulate(workload: Workload) -> Simulation:
+def simulate(workload: Workload, overlap: bool) -> Simulation:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(scheduler_module, "DECODE_RESERVE_TOKENS", workload.reserve))
         if workload.hashes is not None:
@@ -237,18 +365,23 @@ def simulate(workload: Workload) -> Simulation:
                 block_manager_module.xxhash, "xxh64_intdigest", lambda data, seed: original(data, seed=seed) % count
             )
             stack.enter_context(colliding)
-        simulation = Simulation(workload)
+        simulation = Simulation(workload, overlap)
         simulation.run()
+    for seq, request in zip(simulation.seqs, simulation.requests, strict=True):
+        if request.abort is None:
+            assert seq.num_generated_tokens == min(request.stop or seq.max_new_tokens, seq.max_new_tokens)
     return simulation
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(workloads())
-def test_nothing_leaks_nothing_is_overwritten_everything_ends(workload: Workload) -> None:
-    simulation = simulate(workload)
+both_ways = pytest.mark.parametrize("overlap", [False, True], ids=["synchronous", "overlapped"])
+
+
+@both_ways
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(workload=workloads())
+def test_nothing_leaks_nothing_is_overwritten_everything_ends(overlap: bool, workload: Workload) -> None:
+    simulation = simulate(workload, overlap)
     event(f"preempted: {simulation.scheduler.num_preemptions > 0}, prefix hits: {any(simulation.cached)}")
-    for seq in simulation.finished:
-        assert seq.num_generated_tokens == seq.max_new_tokens
 
 
 def crowded_workload(rng: random.Random) -> Workload:
@@ -260,6 +393,7 @@ def crowded_workload(rng: random.Random) -> Workload:
             rng.randint(1, 24),
             rng.choice([0, 0, rng.randrange(40)]),
             rng.choice([None, None, None, rng.randrange(80)]),
+            rng.choice([None, rng.randint(1, 24)]),
         )
         for _ in range(rng.randint(8, 20))
     ]
@@ -275,26 +409,50 @@ def crowded_workload(rng: random.Random) -> Workload:
     )
 
 
-def test_thousands_of_crowded_steps() -> None:
+@both_ways
+def test_thousands_of_crowded_steps(overlap: bool) -> None:
     rng = random.Random(0)
-    runs = [simulate(crowded_workload(rng)) for _ in range(150)]
+    runs = [simulate(crowded_workload(rng), overlap) for _ in range(150)]
     assert sum(run.steps for run in runs) > 5000
     assert sum(run.scheduler.num_preemptions > 0 for run in runs) > 50
     assert sum(any(run.cached) for run in runs) > 100
     assert sum(len(run.finished) < len(run.seqs) for run in runs) > 100, "hardly any aborts"
+    for moment in ("surplus", "preempted_pending", "aborted_pending"):
+        count = sum(getattr(run, moment) > 0 for run in runs)
+        assert count > 30 if overlap else count == 0, (moment, count)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(workloads())
-def test_cached_tokens_are_all_that_anyone_computed_before(workload: Workload) -> None:
+@both_ways
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(workload=workloads())
+def test_cached_tokens_are_all_that_anyone_computed_before(overlap: bool, workload: Workload) -> None:
     """In a pool that evicts nothing, a prompt finds every full block of it that was ever computed, and no more."""
-    roomy = {"block_size": max(2, workload.block_size), "num_blocks": 256, "prefix_caching": True, "hashes": None}
-    simulation = simulate(dataclasses.replace(workload, **roomy))
+    roomy: dict[str, Any] = {
+        "block_size": max(2, workload.block_size),
+        "num_blocks": 256,
+        "prefix_caching": True,
+        "hashes": None,
+    }
+    simulation = simulate(dataclasses.replace(workload, **roomy), overlap)
     assert simulation.cached == simulation.findable
+
+
+def test_an_overlapped_loop_needs_one_step_more_than_a_synchronous_one() -> None:
+    """Where lengths are known nothing is computed in vain, and no step is left out."""
+    requests = [Request([i, i + 1], 9) for i in range(5)]
+    workload = Workload(4, 64, 8, 1000, True, 64, None, requests)
+    synchronous, overlapped = simulate(workload, False), simulate(workload, True)
+    assert (synchronous.steps, overlapped.steps) == (9, 10)
+    assert overlapped.surplus == 0
 
 
 def sequence(seq_id: int, prompt: list[int], max_new_tokens: int = 4) -> Sequence:
     return Sequence(seq_id, prompt, SamplingParams(), max_new_tokens, seed=0)
+
+
+def hand_in(seq: Sequence, token_id: int) -> None:
+    seq.num_pending -= 1
+    seq.token_ids.append(token_id)
 
 
 def test_decodes_and_prefill_chunks_share_a_step() -> None:
@@ -303,9 +461,9 @@ def test_decodes_and_prefill_chunks_share_a_step() -> None:
     scheduler.add(first)
     scheduler.add(second)
     assert [(i.seq.seq_id, i.start, i.num_tokens) for i in scheduler.schedule()] == [(0, 0, 3), (1, 0, 3)]
-    first.token_ids.append(4)
+    hand_in(first, 4)
     assert [(i.seq.seq_id, i.start, i.num_tokens) for i in scheduler.schedule()] == [(0, 3, 1), (1, 3, 5)]
-    first.token_ids.append(5)
+    hand_in(first, 5)
     batch = scheduler.schedule()
     assert [(i.seq.seq_id, i.start, i.num_tokens, i.samples) for i in batch] == [(0, 4, 1, True), (1, 8, 2, True)]
 
@@ -318,7 +476,7 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
             scheduler.add(seq)
         assert [i.seq for i in scheduler.schedule()] == seqs
         for seq in seqs:
-            seq.token_ids.append(9)
+            hand_in(seq, 9)
         assert [i.seq for i in scheduler.schedule()] == seqs[:2]
         assert scheduler.num_preemptions == 2
         assert list(scheduler.waiting) == seqs[2:]
@@ -329,13 +487,14 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
         assert [(i.seq, i.start, i.num_tokens) for i in scheduler.schedule()] == [(s, 0, 3) for s in seqs[2:]]
 
 
-def test_the_decode_reserve_keeps_preemption_away() -> None:
+@both_ways
+def test_the_decode_reserve_keeps_preemption_away(overlap: bool) -> None:
     """With the reserve a pool is not filled with prompts whose first tokens would throw each other out again."""
     requests = [Request([i], 40) for i in range(20)]
     workload = Workload(2, 64, 20, 1000, True, scheduler_module.DECODE_RESERVE_TOKENS, None, requests)
-    assert simulate(workload).scheduler.num_preemptions == 0
+    assert simulate(workload, overlap).scheduler.num_preemptions == 0
     without = Workload(2, 64, 20, 1000, True, 0, None, requests)
-    assert simulate(without).scheduler.num_preemptions > 0
+    assert simulate(without, overlap).scheduler.num_preemptions > 0
 
 
 def test_equal_prompts_of_one_step_are_computed_once() -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm.errors import UserError
-from nanovllm.layers.attention import TorchBackend
+from nanovllm.layers.backends.torch_backend import TorchBackend
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.decoder import CausalLM

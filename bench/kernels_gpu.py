@@ -1,0 +1,394 @@
+# ruff: noqa: B023, E731 - each closure is timed before its loop goes on
+"""The GPU part of `bench/kernels.py`: median times on a cold L2 cache, on random inputs, in bfloat16."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+from nanovllm.kernels import activation, layernorm, paged_decode, paged_prefill, qk_norm_rope, sampling
+
+try:  # the FlashAttention-3 of vLLM, without vLLM
+    import vfa3
+except ImportError:
+    vfa3 = None
+
+DEVICE = torch.device("cuda")
+DTYPE = torch.bfloat16
+Row = dict[str, Any]
+
+
+def median_ms(call: Callable[[], object], rep: int = 60) -> float:
+    """Median time; the L2 cache is flushed before each call."""
+    return float(triton.testing.do_bench(call, warmup=10, rep=rep, return_mode="median"))
+
+
+def layer_us(calls: list[Callable[[], object]], replays: int = 15) -> float:
+    """Median microseconds of one of `calls`, each on data of its own, as they follow one another in a CUDA graph."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times[2:])
+
+
+@triton.jit
+def _read_kernel(source, out, per_program, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    start = tl.program_id(0).to(tl.int64) * per_program
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.range(0, per_program, BLOCK, num_stages=4):
+        acc += tl.load(source + start + i + tl.arange(0, BLOCK))
+    tl.store(out + tl.program_id(0), tl.sum(acc))
+
+
+def read_ceiling(num_bytes: int, layers: int = 8) -> float:
+    """GB/s of reading `num_bytes` and adding them up, one call after the other: the best of some shapes."""
+    best = 0.0
+    for block, per_program, warps in itertools.product((4096, 8192), (1 << 13, 1 << 14, 1 << 15), (4, 8)):
+        programs = num_bytes // 4 // per_program
+        sources = [torch.randn(programs * per_program, device=DEVICE) for _ in range(layers)]
+        out = torch.empty(programs, device=DEVICE)
+        calls = [
+            lambda source=source: _read_kernel[(programs,)](source, out, per_program, BLOCK=block, num_warps=warps)
+            for source in sources
+        ]
+        best = max(best, sources[0].nbytes / layer_us(calls) / 1e3)
+    return best
+
+
+class Cache:
+    """Random keys and values in scattered blocks for sequences of `lens` tokens; `layout` orders tokens and heads in a block."""
+
+    def __init__(
+        self,
+        lens: list[int],
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        layout: str = "NHD",
+        layers: int = 1,
+    ) -> None:
+        width = -(-max(lens) // block_size)
+        counts = [-(-length // block_size) for length in lens]
+        order = torch.randperm(sum(counts)).tolist()
+        self.tables = torch.zeros(len(lens), width, dtype=torch.int32)
+        for row, count in enumerate(counts):
+            self.tables[row, :count] = torch.tensor([order.pop() for _ in range(count)])
+        self.tables = self.tables.to(DEVICE)
+        if layout == "NHD":
+            pool = torch.randn(2, layers, sum(counts), block_size, num_kv_heads, head_dim, device=DEVICE, dtype=DTYPE)
+        else:
+            pool = torch.randn(2, layers, sum(counts), num_kv_heads, block_size, head_dim, device=DEVICE, dtype=DTYPE)
+            pool = pool.transpose(3, 4)
+        self.layers = list(zip(pool[0], pool[1], strict=True))
+        self.k, self.v = self.layers[0]
+        self.lens = torch.tensor(lens, device=DEVICE)
+        self.lens32 = self.lens.int()
+        self.slots = torch.arange(len(lens), device=DEVICE)
+        self.bytes = 2 * sum(lens) * num_kv_heads * head_dim * DTYPE.itemsize
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.scale = head_dim**-0.5
+
+    def decode(
+        self, target: int, tile: int, stages: int, warps: int
+    ) -> tuple[list[Callable[[], object]], torch.Tensor]:
+        """Our decode of each layer, and its output."""
+        batch = len(self.lens)
+        self.q = q = torch.randn(batch, self.num_heads, self.head_dim, device=DEVICE, dtype=DTYPE)
+        items = paged_decode.decode_items(batch, self.num_kv_heads, target)
+        buffers = paged_decode.make_decode_buffers(
+            batch, items, self.num_heads, self.num_kv_heads, self.head_dim, DEVICE
+        )
+        out = torch.full_like(q, float("nan"))
+        paged_decode.plan_decode(self.slots, self.lens, items, buffers, tile=tile)
+        return [
+            lambda k=k, v=v: paged_decode.paged_decode(
+                q, k, v, self.tables, items, buffers, self.scale, out, tile=tile, num_stages=stages, num_warps=warps
+            )
+            for k, v in self.layers
+        ], out
+
+    def fa3_decode(self) -> list[Callable[[], torch.Tensor]]:
+        """FlashAttention-3 on the same queries, with its own schedule made beforehand."""
+        batch = len(self.lens)
+        starts = torch.arange(batch + 1, device=DEVICE, dtype=torch.int32)
+        longest = int(self.lens.max())
+        return [
+            lambda k=k, v=v: vfa3.varlen(
+                self.q, k, v, starts, 1, seqused_k=self.lens32, max_k=longest, page_table=self.tables, causal=True
+            )
+            for k, v in self.layers
+        ]
+
+
+def random_lens(count: int, low: int, high: int) -> list[int]:
+    rng = random.Random(count)
+    return [rng.randint(low, high) for _ in range(count)]
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return round(float((a.float() - b.float()).norm() / b.float().norm()), 5)
+
+
+def decode_section(block_size: int) -> list[Row]:
+    """Decode at mean context 800 as it runs in a graph, layer after layer: tiles, stages, warps, split, layout."""
+    rows: list[Row] = []
+    for batch in (256, 128, 32):
+        lens = random_lens(batch, 100, 1500)
+        caches = {layout: Cache(lens, 16, 8, 128, block_size, layout, layers=8) for layout in ("NHD", "HND")}
+        ceiling = read_ceiling(caches["NHD"].bytes)
+        rows.append({"batch": batch, "kernel": "read", "gb_per_s": round(ceiling)})
+        print(rows[-1], flush=True)
+        shapes = (
+            (32, 4, 2),
+            (32, 3, 2),
+            (32, 6, 2),
+            (64, 3, 2),
+            (64, 2, 4),
+            (64, 3, 4),
+            (128, 2, 4),
+            (16, 6, 1),
+            (32, 4, 1),
+        )
+        variants = [("NHD", 2112, *shape) for shape in shapes]
+        variants += [
+            ("NHD", target, *shape) for target in (528, 1056, 4224, 8448) for shape in ((32, 4, 2), (16, 6, 1))
+        ]
+        variants += [("HND", 2112, *shape) for shape in ((32, 4, 2), (16, 6, 1))]
+        best: Row | None = None
+        for layout, target, tile, stages, warps in variants:
+            cache = caches[layout]
+            try:
+                us = layer_us(cache.decode(target, tile, stages, warps)[0])
+            except triton.runtime.errors.OutOfResources as error:
+                print(layout, target, tile, stages, warps, error, flush=True)
+                continue
+            row = {
+                "batch": batch, "layout": layout, "target_programs": target, "tile": tile, "stages": stages, "warps": warps,
+                "us": round(us, 1), "of_read_ceiling": round(cache.bytes / us / 1e3 / ceiling, 3),
+            }  # fmt: skip
+            rows.append(row)
+            best = min(best or row, row, key=lambda r: r["us"])
+        print("best", best, flush=True)
+        cache = caches["NHD"]
+        if vfa3 is not None:
+            calls, out = cache.decode(2112, 32, 4, 2)
+            calls[0]()
+            theirs = cache.fa3_decode()
+            row = {"batch": batch, "kernel": "FlashAttention-3", "us": round(layer_us(list(theirs)), 1)}
+            rows.append(row | {"difference": difference(out, theirs[0]())})
+            print(rows[-1], flush=True)
+        items = paged_decode.decode_items(batch, 8)
+        buffers = paged_decode.make_decode_buffers(batch, items, 16, 8, 128, DEVICE)
+        us = layer_us([lambda: paged_decode.plan_decode(cache.slots, cache.lens, items, buffers)] * 8)
+        rows.append({"batch": batch, "kernel": "plan_decode", "us": round(us, 1)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def contexts_section(block_size: int) -> list[Row]:
+    """Decode at growing contexts beside FlashAttention-3."""
+    rows = []
+    shapes = (
+        (512, 256), (1024, 256), (2048, 128), (4096, 64), (8192, 32), (16384, 16), (32768, 8), (512, 1), (4096, 1), (32768, 1)
+    )  # fmt: skip
+    for context, batch in shapes:
+        for heads in ((16, 8), (32, 8)):
+            layers = max(2, min(8, (1 << 33) // (context * batch * 4096)))
+            cache = Cache([context] * batch, heads[0], heads[1], 128, block_size, layers=layers)
+            calls, out = cache.decode(
+                paged_decode.TARGET_PROGRAMS, paged_decode.TILE, paged_decode.NUM_STAGES, paged_decode.NUM_WARPS
+            )
+            row: Row = {"context": context, "batch": batch, "heads": heads, "us": round(layer_us(calls), 1)}
+            if vfa3 is not None:
+                theirs = cache.fa3_decode()
+                row["fa3_us"] = round(layer_us(list(theirs)), 1)
+                row["of_fa3"] = round(row["us"] / row["fa3_us"], 3)
+                calls[0]()
+                row["difference"] = difference(out, theirs[0]())
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def prefill_section(block_size: int) -> list[Row]:
+    """Prefill: whole prompts, a long one, and suffixes behind a cached prefix."""
+    rows = []
+    shapes = {"16 x 1024": [(1024, 1024)] * 16, "1 x 8192": [(8192, 8192)], "100 x 160 after 1024": [(160, 1184)] * 100}
+    for name, chunks in shapes.items():
+        for num_heads, num_kv_heads in ((16, 8), (32, 8)):
+            query_lens, lens = (np.array(column) for column in zip(*chunks, strict=True))
+            cache = Cache(lens.tolist(), num_heads, num_kv_heads, 128, block_size)
+            q = torch.randn(int(query_lens.sum()), num_heads, 128, device=DEVICE, dtype=DTYPE)
+            pairs = sum(query * length - query * (query - 1) // 2 for query, length in chunks)
+            flops = 4 * pairs * num_heads * 128
+            best: Row | None = None
+            for block_m, block_n, stages, warps in ((128, 64, 3, 8), (128, 128, 2, 8), (128, 64, 2, 4), (64, 64, 3, 4), (128, 64, 4, 8), (64, 128, 2, 4), (128, 32, 4, 4)):  # fmt: skip
+                tiles = paged_prefill.prefill_tiles(
+                    np.arange(len(chunks)), query_lens, lens, 0, num_heads // num_kv_heads, block_m
+                )
+                tiles_gpu = torch.from_numpy(tiles).to(DEVICE)
+                out = torch.full_like(q, float("nan"))
+                call = lambda: paged_prefill.paged_prefill(
+                    q, cache.k, cache.v, cache.tables, tiles_gpu, cache.scale, out,
+                    block_m=block_m, block_n=block_n, num_stages=stages, num_warps=warps,
+                )  # fmt: skip
+                try:
+                    ms = median_ms(call)
+                except triton.runtime.errors.OutOfResources as error:
+                    print(block_m, block_n, stages, warps, error, flush=True)
+                    continue
+                row = {
+                    "prefill": name, "heads": (num_heads, num_kv_heads), "block_m": block_m, "block_n": block_n,
+                    "stages": stages, "warps": warps, "us": round(ms * 1e3, 1), "tflops": round(flops / ms / 1e9),
+                }  # fmt: skip
+                rows.append(row)
+                best = min(best or row, row, key=lambda r: r["us"])
+            print("best", best, flush=True)
+            if vfa3 is not None:
+                starts = torch.tensor([0, *np.cumsum(query_lens)], device=DEVICE, dtype=torch.int32)
+                theirs = lambda: vfa3.varlen(
+                    q, cache.k, cache.v, starts, int(query_lens.max()), seqused_k=cache.lens32, max_k=int(lens.max()),
+                    page_table=cache.tables, causal=True,
+                )  # fmt: skip
+                row = {"prefill": name, "heads": (num_heads, num_kv_heads), "kernel": "FlashAttention-3"}
+                ms = median_ms(theirs)
+                rows.append(
+                    row
+                    | {
+                        "us": round(ms * 1e3, 1),
+                        "tflops": round(flops / ms / 1e9),
+                        "difference": difference(out, theirs()),
+                    }
+                )
+                print(rows[-1], flush=True)
+    return rows
+
+
+def _seed_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.float() + residual.float()
+    total = x.to(DTYPE)
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return normed.to(DTYPE) * weight, total
+
+
+def _seed_sample(logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
+    probs = torch.softmax(logits.float().div_(temperatures.unsqueeze(1)), dim=-1)
+    return probs.div_(torch.empty_like(probs).exponential_(1).clamp_min_(1e-10)).argmax(dim=-1)
+
+
+def small_section(block_size: int) -> list[Row]:
+    """The small kernels beside `torch.compile` of the plain forms, and what compiling costs at start."""
+    rows: list[Row] = []
+
+    def compare(name: str, tokens: int, ours: Callable[[], object], plain: Callable[[], object] | None) -> None:
+        start = time.perf_counter()
+        ours()
+        torch.cuda.synchronize()
+        row: Row = {"small": name, "tokens": tokens, "first_call_s": round(time.perf_counter() - start, 2)}
+        row["us"] = round(median_ms(ours, 30) * 1e3, 1)
+        if plain is not None:
+            row["torch_us"] = round(median_ms(plain, 30) * 1e3, 1)
+            torch._dynamo.reset()
+            compiled = torch.compile(plain)
+            start = time.perf_counter()
+            compiled()
+            torch.cuda.synchronize()
+            row["compile_s"] = round(time.perf_counter() - start, 2)
+            row["compiled_us"] = round(median_ms(compiled, 30) * 1e3, 1)
+        rows.append(row)
+        print(row, flush=True)
+
+    for tokens in (256, 16384):
+        hidden, inter, heads, kv_heads, dim = 1024, 3072, 16, 8, 128
+        x, residual = (torch.randn(tokens, hidden, device=DEVICE, dtype=DTYPE) for _ in range(2))
+        weight = torch.randn(hidden, device=DEVICE, dtype=DTYPE)
+        compare(
+            "add_rms_norm", tokens,
+            lambda: layernorm.add_rms_norm(x, residual, weight, 1e-6),
+            lambda: _seed_rms_norm(x, residual, weight),
+        )  # fmt: skip
+        gate_up = torch.randn(tokens, 2 * inter, device=DEVICE, dtype=DTYPE)
+        compare(
+            "silu_and_mul", tokens,
+            lambda: activation.silu_and_mul(gate_up),
+            lambda: F.silu(gate_up[:, :inter]) * gate_up[:, inter:],
+        )  # fmt: skip
+        qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, device=DEVICE, dtype=DTYPE)
+        positions = torch.randint(4096, (tokens,), device=DEVICE)
+        cos, sin = (torch.rand(4096, dim, device=DEVICE, dtype=DTYPE) for _ in range(2))
+        norms = [torch.randn(dim, device=DEVICE, dtype=DTYPE) for _ in range(2)]
+        caches = torch.zeros(2, -(-tokens // block_size), block_size, kv_heads, dim, device=DEVICE, dtype=DTYPE)
+        slots = torch.randperm(caches.shape[1] * block_size, device=DEVICE)[:tokens]
+
+        def plain_qk(
+            qkv: torch.Tensor = qkv, positions: torch.Tensor = positions, cos: torch.Tensor = cos, sin: torch.Tensor = sin,
+            norms: list[torch.Tensor] = norms, caches: torch.Tensor = caches, slots: torch.Tensor = slots,
+        ) -> torch.Tensor:  # fmt: skip
+            q, k, v = qkv.view(len(qkv), -1, dim).split((heads, kv_heads, kv_heads), dim=1)
+            q, k = layernorm.rms_norm_torch(q, norms[0], 1e-6), layernorm.rms_norm_torch(k, norms[1], 1e-6)
+            c, s = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+            caches[0].view(-1, kv_heads, dim)[slots] = qk_norm_rope.rotate(k, c, s)
+            caches[1].view(-1, kv_heads, dim)[slots] = v
+            return qk_norm_rope.rotate(q, c, s)
+
+        compare(
+            "qk_norm_rope_store", tokens,
+            lambda: qk_norm_rope.qk_norm_rope_store(qkv, positions, cos, sin, norms[0], norms[1], 1e-6, caches[0], caches[1], slots),
+            plain_qk,
+        )  # fmt: skip
+    for tokens in (16, 256):
+        logits = torch.randn(tokens, 151936, device=DEVICE, dtype=DTYPE)
+        temperatures = torch.full((tokens,), 0.6, device=DEVICE)
+        seeds, steps, order = (torch.arange(tokens, device=DEVICE) for _ in range(3))
+        keys = torch.full((tokens,), sampling.LEAST_KEY, device=DEVICE)
+        compare(
+            "sample", tokens,
+            lambda: sampling.sample_keys(logits, order, temperatures, seeds, steps, out=keys),
+            lambda: _seed_sample(logits, temperatures),
+        )  # fmt: skip
+        greedy = torch.zeros_like(temperatures)
+        compare(
+            "sample greedy", tokens,
+            lambda: sampling.sample_keys(logits, order, greedy, seeds, steps, out=keys),
+            lambda: logits.argmax(dim=-1),
+        )  # fmt: skip
+    return rows
+
+
+def gpu_result(sections: list[str] | None, block_size: int) -> dict[str, Any]:
+    """All `sections` (None: every one) as rows."""
+    torch.manual_seed(0)
+    wanted = sections or ["decode", "contexts", "prefill", "small"]
+    result: dict[str, Any] = {"block_size": block_size}
+    if "decode" in wanted:
+        result["decode"] = decode_section(block_size)
+    if "contexts" in wanted:
+        result["contexts"] = contexts_section(block_size)
+    if "prefill" in wanted:
+        result["prefill"] = prefill_section(block_size)
+    if "small" in wanted:
+        result["small"] = small_section(block_size)
+    return result

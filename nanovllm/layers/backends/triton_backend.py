@@ -1,0 +1,71 @@
+"""Attention by this project's Triton kernels: the GPU's default."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from nanovllm.kernels.paged_decode import DecodeBuffers, decode_items, make_decode_buffers, paged_decode, plan_decode
+from nanovllm.kernels.paged_prefill import paged_prefill, prefill_tiles
+from nanovllm.layers.attention import AttentionBackend, AttentionBatch
+from nanovllm.utils.transfer import to_device
+
+
+class TritonPlan(NamedTuple):
+    """The step's rows of `block_tables`; the decodes' split lies in `buffers`, the chunks' tiles in `tiles` (None: no chunks)."""
+
+    batch: AttentionBatch
+    buffers: DecodeBuffers
+    tiles: torch.Tensor | None
+
+
+class TritonBackend(AttentionBackend):
+    """Split-KV decode planned on the device, and prefill by tiles listed on the host."""
+
+    supports_graphs: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_num_seqs: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(num_heads, num_kv_heads, head_dim, max_num_seqs, device)
+        most = decode_items(max_num_seqs, num_kv_heads)
+        self.buffers = make_decode_buffers(max_num_seqs, most, num_heads, num_kv_heads, head_dim, self.device)
+
+    def plan(self, batch: AttentionBatch) -> TritonPlan:
+        """See `AttentionBackend.plan`."""
+        decodes = len(batch.decode_slots)
+        if decodes:
+            items = decode_items(decodes, self.num_kv_heads)
+            plan_decode(batch.decode_slots, batch.decode_lens, items, self.buffers)
+        tiles = None
+        if len(batch.chunk_slots):
+            chunks = (batch.chunk_slots, batch.chunk_query_lens, batch.chunk_lens)
+            tiles = to_device(prefill_tiles(*chunks, decodes, self.num_heads // self.num_kv_heads), self.device)
+        return TritonPlan(batch, self.buffers, tiles)
+
+    def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: TritonPlan) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        batch = plan.batch
+        out = torch.empty_like(q)
+        decodes = len(batch.decode_slots)
+        if decodes:
+            paged_decode(
+                q[:decodes],
+                k_cache,
+                v_cache,
+                batch.block_tables,
+                decode_items(decodes, self.num_kv_heads),
+                plan.buffers,
+                self.scale,
+                out[:decodes],
+                other_kernel_between=True,  # the one that stores the keys
+            )
+        if plan.tiles is not None:
+            paged_prefill(q, k_cache, v_cache, batch.block_tables, plan.tiles, self.scale, out)
+        return out

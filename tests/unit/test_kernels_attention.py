@@ -1,0 +1,545 @@
+"""Attention over the paged cache and the ends of a decode step, against their torch references, as compiled or interpreted.
+
+What no kernel may look at is poisoned: outputs and buffers before a call, cache blocks of no sequence (NaN), and the rest of a
+sequence's last block (large, but finite: the engine clears its pool).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+import random
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovllm.kernels import paged_decode as paged_decode_module
+from nanovllm.kernels.decode_step import advance, advance_torch, gather_decode, gather_decode_torch
+from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch, paged_prefill_torch
+from nanovllm.kernels.paged_decode import (
+    MIN_ITEM_TOKENS,
+    TARGET_PROGRAMS,
+    TILE,
+    DecodeBuffers,
+    decode_items,
+    make_decode_buffers,
+    paged_decode,
+    plan_decode,
+)
+from nanovllm.kernels.paged_prefill import BLOCK_M, BLOCK_N, NUM_WARPS, paged_prefill, prefill_tiles
+from nanovllm.kernels.sampling import LEAST_KEY
+from nanovllm.kernels.triton_compat import HAS_TRITON
+from nanovllm.layers.attention import AttentionBackend, AttentionBatch
+from nanovllm.layers.backends import triton_backend
+from nanovllm.layers.backends.torch_backend import TorchBackend
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+# The interpreter's bfloat16 product is wrong.
+DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
+
+POISON = 1 << 30
+
+DIMS = [64, 80, 96, 128, 256]
+BLOCK_SIZES = [16, 32, 64, 128, 256]
+GROUPS = [1, 2, 3, 5, 7, 8, 16]
+LAYOUTS = ["apart", "interleaved", "heads first"]
+
+
+class Case(NamedTuple):
+    """One model's shapes and the order of its cache in memory."""
+
+    dim: int
+    block_size: int
+    group: int
+    kv_heads: int
+    layout: str
+
+
+# Every head dim with every block size; the rest in turns.
+CASES = [
+    Case(dim, block_size, GROUPS[i % 7], (2, 1, 3, 1)[i % 4] * (2 if GPU else 1), LAYOUTS[i % 3])
+    for i, (dim, block_size) in enumerate(itertools.product(DIMS, BLOCK_SIZES))
+]
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+class Cache:
+    """Random keys and values of sequences of `lens` tokens, whose block ids and slots are scattered."""
+
+    def __init__(self, case: Case, lens: list[int], dtype: torch.dtype, seed: int, unowned: float = math.nan) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        counts = [-(-length // case.block_size) for length in lens]
+        rows, spare = len(lens) + 3, 4
+        ids = torch.randperm(sum(counts) + spare, generator=generator)
+        slots = torch.randperm(rows, generator=generator)[: len(lens)]
+        table = ids[torch.randint(spare, (rows, max(counts, default=0) + 2), generator=generator)]
+        shape = len(ids), case.block_size, case.kv_heads, case.dim
+        values = torch.full((2, *shape), unowned)
+        start = spare
+        for slot, length, count in zip(slots.tolist(), lens, counts, strict=True):
+            table[slot, :count] = ids[start : start + count]
+            values[:, ids[start : start + count]] = 1e4
+            at = context_slots(table[slot : slot + 1], case.block_size, length)[0]
+            values.view(2, -1, *shape[2:])[:, at] = torch.randn(2, length, *shape[2:], generator=generator)
+            start += count
+        self.case, self.lens = case, lens
+        self.table, self.slots = table.int().to(DEVICE), slots.to(DEVICE)
+        self.k, self.v = self.stored(values.to(DEVICE, dtype))
+
+    def stored(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values apart, as neighbours in each block, or with heads before tokens and gaps between rows."""
+        blocks, block_size, heads, dim = values.shape[1:]
+        if self.case.layout == "apart":
+            pool = values.new_empty(2, blocks, block_size, heads, dim)
+        elif self.case.layout == "interleaved":
+            pool = values.new_empty(blocks, 2, block_size, heads, dim).transpose(0, 1)
+        else:
+            pool = values.new_full((2, blocks, heads, block_size, dim + 16), math.nan).transpose(2, 3)[..., :dim]
+        pool.copy_(values)
+        return pool[0], pool[1]
+
+    def queries(self, tokens: int, dtype: torch.dtype, seed: int, scale: float = 3.0) -> torch.Tensor:
+        """Large enough that a few tokens take most of the weight."""
+        case, generator = self.case, torch.Generator().manual_seed(seed)
+        q = torch.randn(tokens, case.kv_heads * case.group, case.dim, generator=generator) * scale
+        return q.to(DEVICE, dtype)
+
+    def next_layer(self) -> Cache:
+        """The same sequences with other contents: keys and values change places."""
+        layer = copy.copy(self)
+        layer.k, layer.v = self.v, self.k
+        return layer
+
+    @functools.cached_property
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.k.float().contiguous(), self.v.float().contiguous()
+
+    def attended(self, i: int, q: torch.Tensor) -> torch.Tensor:
+        """What the last tokens of sequence `i` see, `q` [C, Hq, D], by the references in float32."""
+        if self.lens[i] == 0:
+            return torch.zeros_like(q, dtype=torch.float32)
+        slots = context_slots(self.table[self.slots[i : i + 1]], self.case.block_size, self.lens[i])
+        if len(q) == 1:
+            return paged_decode_torch(q.float(), *self.exact, slots, None, self.case.dim**-0.5)
+        return paged_prefill_torch(q.float(), *self.exact, slots[0], self.case.dim**-0.5)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 5e-5) -> None:
+    """`expected` is in float32; bfloat16's weights and results round to 8 bits."""
+    tolerance = tolerance if actual.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def nans(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full(shape, math.nan, dtype=dtype, device=DEVICE)
+
+
+def poison(buffers: DecodeBuffers) -> None:
+    """All but the arrivals, which are a launch's to leave as it found them."""
+    assert not buffers.arrived.any()
+    buffers.items.fill_(POISON)
+    buffers.partial_out.fill_(math.nan)
+    buffers.partial_lse.fill_(math.nan)
+
+
+def some_lens(rng: random.Random) -> list[int]:
+    """Padding, the shortest, an exact block or tile, one far longer than the rest."""
+    lens = [0, 1, rng.randint(2, 31), rng.choice([32, 64, 256]), rng.randint(150, 300)]
+    if GPU:
+        lens += [rng.randint(1, 700) for _ in range(40)] + [0, rng.randint(5000, 9000)]
+    rng.shuffle(lens)
+    return lens
+
+
+def decoded(cache: Cache, q: torch.Tensor, max_items: int, buffers: DecodeBuffers, tile: int = TILE) -> torch.Tensor:
+    """A planned launch on poisoned buffers; only the batch's rows are written."""
+    batch, lens = len(cache.lens), torch.tensor(cache.lens, device=DEVICE)
+    poison(buffers)
+    plan_decode(cache.slots, lens, max_items, buffers, tile)
+    padded = nans(batch + 2, *q.shape[1:], dtype=q.dtype)
+    paged_decode(
+        q,
+        cache.k,
+        cache.v,
+        cache.table,
+        max_items,
+        buffers,
+        cache.case.dim**-0.5,
+        padded[1:-1],
+        tile=tile,
+    )
+    assert padded[[0, -1]].isnan().all()
+    assert not buffers.arrived.any(), "arrivals are counted from 0 again by the next launch"
+    return padded[1:-1]
+
+
+def buffers_for(case: Case, batch: int, max_items: int) -> DecodeBuffers:
+    return make_decode_buffers(batch, max_items, case.kv_heads * case.group, case.kv_heads, case.dim, DEVICE)
+
+
+@needs_triton
+@each_dtype
+@each_case
+def test_paged_decode(dtype: torch.dtype, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_decode_module, "MIN_ITEM_TOKENS", TILE)
+    rng = random.Random(str(case))
+    buffers = buffers_for(case, 60, 200)
+    # One item a sequence, the longest one split, all but the shortest split.
+    for seed, more in enumerate((0, 3, 100)):
+        cache = Cache(case, some_lens(rng), dtype, seed)
+        batch = len(cache.lens)
+        q = cache.queries(batch, dtype, seed)
+        before = q.clone()
+        out = decoded(cache, q, batch + more, buffers)
+        assert_close(out, torch.cat([cache.attended(i, q[i : i + 1]) for i in range(batch)]))
+        assert not out[torch.tensor(cache.lens) == 0].any()
+        assert torch.equal(q, before)
+        rows = buffers.items[: batch + more, 0]
+        most = int(torch.bincount(rows[rows >= 0]).max())
+        assert most == 1 if more == 0 else most > 1
+        assert more < 100 or most == -(-max(cache.lens) // TILE) or GPU
+
+
+@needs_triton
+@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_paged_decode_by_other_tiles(tile: int, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_decode_module, "MIN_ITEM_TOKENS", tile)
+    case = Case(64, block_size, 3, 1, "apart")
+    cache = Cache(case, [65, 0, 130, 17], torch.float32, 1)
+    q = cache.queries(4, torch.float32, 2)
+    expected = torch.cat([cache.attended(i, q[i : i + 1]) for i in range(4)])
+    for max_items in (4, 6, 30):
+        assert_close(decoded(cache, q, max_items, buffers_for(case, 4, 30), tile), expected)
+
+
+@needs_triton
+@each_dtype
+def test_one_plan_serves_every_layer(dtype: torch.dtype) -> None:
+    """Launches that share a plan and buffers, whose partial results are of the layer before; all runs of one agree in every bit."""
+    case = Case(64, 16, 2, 2, "apart")
+    lens = [160, 0, 300, 33] * (16 if GPU else 1)
+    batch, max_items = len(lens), len(lens) + 9
+    layers = [Cache(case, lens, dtype, 5)]
+    layers.append(layers[0].next_layer())
+    buffers, context_lens = buffers_for(case, batch, max_items), torch.tensor(lens, device=DEVICE)
+    poison(buffers)
+    plan_decode(layers[0].slots, context_lens, max_items, buffers)
+    q = layers[0].queries(batch, dtype, 6)
+    results: list[list[torch.Tensor]] = [[], []]
+    for i in [0, 1] * (200 if GPU else 2):
+        out, cache = torch.full_like(q, math.nan), layers[i]
+        paged_decode(q, cache.k, cache.v, cache.table, max_items, buffers, case.dim**-0.5, out)
+        results[i].append(out)
+    assert not buffers.arrived.any()
+    for cache, outs in zip(layers, results, strict=True):
+        assert_close(outs[0], torch.cat([cache.attended(i, q[i : i + 1]) for i in range(batch)]))
+        assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@needs_triton
+def test_large_scores_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of some hundreds: the weights of whole items vanish beside another's, in either order."""
+    monkeypatch.setattr(paged_decode_module, "MIN_ITEM_TOKENS", TILE)
+    case = Case(64, 32, 2, 1, "apart")
+    cache = Cache(case, [100, 180, 40], torch.float32, 3)
+    q = cache.queries(3, torch.float32, 4, scale=200.0)
+    for max_items in (3, 6, 20):
+        expected = torch.cat([cache.attended(i, q[i : i + 1]) for i in range(3)])
+        assert_close(decoded(cache, q, max_items, buffers_for(case, 3, 20)), expected, 5e-3)
+    chunk_lens = [60, 180, 2]
+    q = cache.queries(sum(chunk_lens), torch.float32, 5, scale=200.0)
+    assert_close(prefilled(cache, q, chunk_lens), prefill_reference(cache, q, chunk_lens), 5e-3)
+
+
+def shortest_chunk(lens: list[int], max_items: int, tile: int, least: int) -> int:
+    """Tokens of an item, by trying one length after the other."""
+    tiles = [max(1, -(-length // tile)) for length in lens]
+    tries = itertools.count(max(1, least // tile))
+    return next(c for c in tries if sum(-(-count // c) for count in tiles) <= max_items) * tile
+
+
+def check_plan(
+    lens: list[int], max_items: int, tile: int = TILE, least: int = MIN_ITEM_TOKENS, dtype: torch.dtype = torch.int64
+) -> None:
+    """Items of one length, the shortest that fits, which hold every token once; nothing is written past the last item."""
+    buffers = make_decode_buffers(len(lens) + 3, max_items + 5, 1, 1, 16, DEVICE)
+    poison(buffers)
+    slots = [3 * row + 1 for row in reversed(range(len(lens)))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged_decode_module, "MIN_ITEM_TOKENS", least)
+        on_device = torch.tensor([slots, lens], dtype=dtype, device=DEVICE)
+        plan_decode(on_device[0], on_device[1], max_items, buffers, tile)
+    chunk = shortest_chunk(lens, max_items, tile, least)
+    expected: list[list[int]] = []
+    for row, (slot, length) in enumerate(zip(slots, lens, strict=True)):
+        starts = range(0, max(length, 1), chunk)
+        first = len(expected)
+        expected += [[row, slot, at, min(at + chunk, length), first, len(starts)] for at in starts]
+    items = buffers.items.tolist()
+    assert len(expected) <= max_items
+    assert [item[:6] for item in items[: len(expected)]] == expected
+    assert [item[0] for item in items[len(expected) : max_items]] == [-1] * (max_items - len(expected))
+    assert items[max_items:] == [[POISON] * 8] * 5
+    assert not buffers.arrived.any()
+
+
+@needs_triton
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    lens=st.lists(st.one_of(st.integers(0, 70), st.integers(0, 1500)), min_size=1, max_size=20),
+    more=st.one_of(st.integers(0, 6), st.integers(0, 150)),
+    tile=st.sampled_from([16, TILE]),
+    least=st.sampled_from([1, TILE, MIN_ITEM_TOKENS]),
+)
+def test_plan_decode(lens: list[int], more: int, tile: int, least: int) -> None:
+    check_plan(lens, len(lens) + more, tile, least)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("lens", "max_items"),
+    [
+        ([0], 1),
+        ([1], 4096),
+        ([100_000], 1),
+        ([100_000], 64),
+        ([3000] * 300, 1500),
+        ([5] * 257 + [9000], 2 * decode_items(258, 8)),
+        ([0] * 40, 1100),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_plan_decode_of_extremes(lens: list[int], max_items: int, dtype: torch.dtype) -> None:
+    check_plan(lens, max_items, dtype=dtype)
+
+
+def test_decode_items_grow_with_the_batch() -> None:
+    """A plan always fits, and buffers for the largest batch hold the items of every smaller one."""
+    for kv_heads in (1, 3, 8, 5000):
+        counts = [decode_items(batch, kv_heads) for batch in range(1, 600)]
+        assert counts == sorted(counts)
+        assert all(batch < count for batch, count in enumerate(counts, 1))
+        assert (counts[0] - 1) * kv_heads >= TARGET_PROGRAMS
+    assert decode_items(7, 4, 9) == 7 + 3
+
+
+def prefilled(
+    cache: Cache,
+    q: torch.Tensor,
+    query_lens: list[int],
+    first_row: int = 0,
+    block_m: int = BLOCK_M,
+    block_n: int = BLOCK_N,
+) -> torch.Tensor:
+    """A launch over the sequences' last tokens; `q` has `first_row` rows before them and may have some after them."""
+    tiles = prefill_tiles(
+        cache.slots.cpu().numpy(), np.array(query_lens), np.array(cache.lens), first_row, cache.case.group, block_m
+    )
+    out, end = torch.full_like(q, math.nan), first_row + sum(query_lens)
+    paged_prefill(
+        q,
+        cache.k,
+        cache.v,
+        cache.table,
+        torch.from_numpy(tiles).to(DEVICE),
+        cache.case.dim**-0.5,
+        out,
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=NUM_WARPS if block_m == BLOCK_M else 4,
+    )
+    assert out[:first_row].isnan().all() and out[end:].isnan().all(), "other rows are not touched"
+    return out[first_row:end]
+
+
+def prefill_reference(cache: Cache, q: torch.Tensor, query_lens: list[int]) -> torch.Tensor:
+    return torch.cat([cache.attended(i, part) for i, part in enumerate(q.split(query_lens))])
+
+
+def some_chunks(rng: random.Random) -> tuple[list[int], list[int]]:
+    """New tokens and contexts: a whole prompt, a last token, chunks after a prefix of whole blocks and of any length."""
+    queries = [rng.randint(40, 150), 1, rng.randint(2, 60), rng.randint(1, 20)]
+    prefixes = [0, rng.randint(0, 200), 16 * rng.randint(1, 16), rng.randint(1, 380)]
+    if GPU:
+        queries += [rng.randint(1, 600) for _ in range(8)] + [3000]
+        prefixes += [rng.randint(0, 2000) for _ in range(8)] + [1000]
+    order = rng.sample(range(len(queries)), len(queries))
+    return [queries[i] for i in order], [queries[i] + prefixes[i] for i in order]
+
+
+@needs_triton
+@each_dtype
+@each_case
+def test_paged_prefill(dtype: torch.dtype, case: Case) -> None:
+    rng = random.Random(str(case))
+    query_lens, lens = some_chunks(rng)
+    cache = Cache(case, lens, dtype, 1)
+    first_row, after = rng.choice([0, 1, 5]), rng.choice([0, 2])
+    q = cache.queries(first_row + sum(query_lens) + after, dtype, 2)
+    out = prefilled(cache, q, query_lens, first_row)
+    assert_close(out, prefill_reference(cache, q[first_row : first_row + sum(query_lens)], query_lens))
+
+
+@needs_triton
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (32, 64), (64, 32)])
+@pytest.mark.parametrize(("group", "block_size"), [(1, 16), (7, 64)])
+def test_paged_prefill_by_other_tiles(block_m: int, block_n: int, group: int, block_size: int) -> None:
+    """Contexts that end at, before and behind the tiles' edges."""
+    cache = Cache(Case(64, block_size, group, 1, "apart"), [64, 63, 65, 130, 1], torch.float32, 7)
+    query_lens = [16, 33, 17, 2, 1]
+    q = cache.queries(sum(query_lens) + 3, torch.float32, 8)
+    out = prefilled(cache, q, query_lens, 3, block_m, block_n)
+    assert_close(out, prefill_reference(cache, q[3:], query_lens))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("block_m", [16, 64, BLOCK_M])
+def test_prefill_tiles(group: int, block_m: int) -> None:
+    """Every row in one tile, at its own position; the longest contexts first."""
+    rng = np.random.default_rng(group)
+    for count, first_row in ((1, 0), (2, 3), (30, 11)):
+        slots, query_lens = rng.permutation(100)[:count], rng.integers(1, 500, count)
+        query_lens[0] = 1 + 2 * (block_m // group)
+        lens = query_lens + rng.integers(0, 2, count) * rng.integers(0, 900, count)
+        tiles = prefill_tiles(slots, query_lens, lens, first_row, group, block_m)
+        assert tiles.dtype == np.int32
+        assert np.all(np.diff(tiles[:, 3]) <= 0)
+        rows = {row + i: (slot, position + i) for slot, row, length, position in tiles.tolist() for i in range(length)}
+        assert len(rows) == tiles[:, 2].sum() == query_lens.sum()
+        assert np.all(tiles[:, 2] >= 1) and np.all(tiles[:, 2] * group <= block_m)
+        expected = [
+            (slot, position)
+            for slot, query_len, length in zip(slots.tolist(), query_lens.tolist(), lens.tolist(), strict=True)
+            for position in range(length - query_len, length)
+        ]
+        assert [rows[first_row + i] for i in range(len(expected))] == expected
+
+
+class State(NamedTuple):
+    """Sequences' state as the engine keeps it; `slots` are those of a step, the last slot its padding."""
+
+    slots: torch.Tensor
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    steps: torch.Tensor
+    block_tables: torch.Tensor
+
+
+def make_state(batch: int, block_size: int) -> State:
+    generator, rows, width = torch.Generator().manual_seed(batch), batch + 7, 6
+
+    def ints(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    slots, positions = torch.randperm(rows - 1, generator=generator)[:batch], ints(0, width * block_size, rows)
+    edges = torch.tensor([0, block_size - 1, block_size, width * block_size - 1])
+    positions[slots[:4]] = edges[: len(slots[:4])]
+    positions[-1] = -1
+    if batch > 2:
+        slots[batch // 3 :: 7] = rows - 1
+    table = ints(0, 1 << 24, rows, width + 3).int().to(DEVICE)[:, :width]
+    tokens, steps = ints(0, 1 << 17, rows), ints(0, 5000, rows)
+    return State(slots.to(DEVICE), tokens.to(DEVICE), positions.to(DEVICE), steps.to(DEVICE), table)
+
+
+@needs_triton
+@pytest.mark.parametrize("block_size", [16, 256])
+@pytest.mark.parametrize("batch", [1, 5, 256, 300, 513])
+def test_gather_decode(batch: int, block_size: int) -> None:
+    state = make_state(batch, block_size)
+    before = [tensor.clone() for tensor in state]
+    inputs = gather_decode(state.slots, state.tokens, state.positions, state.block_tables, block_size)
+    expected = gather_decode_torch(state.slots, state.tokens, state.positions, state.block_tables, block_size)
+    for actual, other in zip(inputs, expected, strict=True):
+        assert actual.dtype == torch.int64
+        assert torch.equal(actual, other)
+    padding = state.slots == len(state.tokens) - 1
+    assert padding.any() or batch < 3
+    assert (inputs.slot_mapping[padding] == -1).all() and not inputs.context_lens[padding].any()
+    assert (inputs.slot_mapping[~padding] >= 0).all()
+    assert all(torch.equal(tensor, other) for tensor, other in zip(state, before, strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize("batch", [1, 5, 256, 300, 513])
+def test_advance(batch: int) -> None:
+    state = make_state(batch, 16)
+    ids = torch.randint(0, 2**31 - 1, (batch,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    keys = ((torch.arange(batch, device=DEVICE) - batch // 2) << 32) | (0x7FFFFFFF - ids)
+    context_lens = state.positions[state.slots] + 1
+    results = []
+    for step in (advance, advance_torch):
+        # One key more than there are sequences: it stays.
+        held, out = torch.cat((keys, keys[:1])), torch.full((batch + 1,), -7, device=DEVICE)
+        moved = state.tokens.clone(), state.positions.clone(), state.steps.clone()
+        step(held[:batch], state.slots, context_lens, *moved, out[:batch])
+        assert torch.equal(out[:batch], ids) and out[-1] == -7
+        assert (held[:batch] == LEAST_KEY).all() and held[-1] == keys[0]
+        results.append(moved)
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+    tokens, positions, steps = results[0]
+    live = state.slots[context_lens > 0]
+    assert torch.equal(positions[live], state.positions[live] + 1) and torch.equal(steps[live], state.steps[live] + 1)
+    assert torch.equal(tokens[live], ids[context_lens > 0])
+    others = torch.ones_like(tokens, dtype=torch.bool)
+    others[live] = False
+    for moved_tensor, tensor in zip(results[0], (state.tokens, state.positions, state.steps), strict=True):
+        assert torch.equal(moved_tensor[others], tensor[others]), "padding and sequences of no step stay"
+
+
+@needs_triton
+@each_dtype
+@pytest.mark.parametrize(
+    ("case", "target_programs"),
+    [
+        (Case(64, 16, 2, 2, "apart"), 12),
+        (Case(80, 64, 7, 1, "interleaved"), 100),
+        (Case(128, 256, 3, 2, "heads first"), TARGET_PROGRAMS if GPU else 250),
+    ],
+    ids=["few", "some", "many"],
+)
+def test_backends_agree(dtype: torch.dtype, case: Case, target_programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random mixed steps through one backend of each kind, two layers a step."""
+    few = functools.partial(decode_items, target_programs=target_programs)
+    monkeypatch.setattr(triton_backend, "decode_items", few)
+    rng = random.Random(str(case))
+    heads = case.kv_heads * case.group
+    reference: AttentionBackend = TorchBackend(heads, case.kv_heads, case.dim, 60, DEVICE)
+    backend = triton_backend.TritonBackend(heads, case.kv_heads, case.dim, 60, DEVICE)
+    for seed, (decodes, chunks) in enumerate([(4, 0), (0, 2), (3, 2), (1, 1)]):
+        more = 50 * GPU if decodes > 1 else 0
+        decode_lens = sorted((rng.randint(1, 400) for _ in range(decodes + more)), reverse=True)
+        query_lens = [rng.randint(1, 90) for _ in range(chunks)]
+        chunk_lens = [length + rng.choice([0, 16, rng.randint(1, 150)]) for length in query_lens]
+        cache, count = Cache(case, decode_lens + chunk_lens, dtype, seed, unowned=1e4), len(decode_lens)
+        batch = AttentionBatch(
+            cache.table,
+            case.block_size,
+            cache.slots[:count],
+            torch.tensor(decode_lens, dtype=torch.int64, device=DEVICE),
+            decode_lens,
+            cache.slots[count:].cpu().numpy(),
+            np.array(query_lens, dtype=np.int64),
+            np.array(chunk_lens, dtype=np.int64),
+        )
+        plan, expected_plan = backend.plan(batch), reference.plan(batch)
+        for layer in (cache, cache.next_layer()):
+            q = cache.queries(count + sum(query_lens), dtype, seed)
+            out = backend.attend(q, layer.k, layer.v, plan)
+            expected = reference.attend(q.float(), *layer.exact, expected_plan)
+            assert out.shape == q.shape and out.dtype == dtype
+            assert_close(out, expected)
+            assert not backend.buffers.arrived.any()
