@@ -7,7 +7,8 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def median_ms(call: Callable[[], object], rep: int = 60) -> float:
     return float(triton.testing.do_bench(call, warmup=10, rep=rep, return_mode="median"))
 
 
-def layer_us(calls: list[Callable[[], object]], replays: int = 15) -> float:
+def layer_us(calls: Sequence[Callable[[], object]], replays: int = 15) -> float:
     """Median microseconds of one of `calls`, each on data of its own, as they follow one another in a CUDA graph."""
     for call in calls:
         call()
@@ -42,7 +43,7 @@ def layer_us(calls: list[Callable[[], object]], replays: int = 15) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    times: list[float] = []
     for _ in range(replays + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -123,24 +124,22 @@ class Cache:
         )
         out = torch.full_like(q, float("nan"))
         paged_decode.plan_decode(self.slots, self.lens, items, buffers, tile=tile)
+        options = {"tile": tile, "num_stages": stages, "num_warps": warps}
         return [
-            lambda k=k, v=v: paged_decode.paged_decode(
-                q, k, v, self.tables, items, buffers, self.scale, out, tile=tile, num_stages=stages, num_warps=warps
+            partial(
+                paged_decode.paged_decode, q, k, v, self.tables, items, buffers, self.scale, out,
+                other_kernel_between=True, **options,
             )
             for k, v in self.layers
-        ], out
+        ], out  # fmt: skip
 
     def fa3_decode(self) -> list[Callable[[], torch.Tensor]]:
         """FlashAttention-3 on the same queries, with its own schedule made beforehand."""
         batch = len(self.lens)
         starts = torch.arange(batch + 1, device=DEVICE, dtype=torch.int32)
         longest = int(self.lens.max())
-        return [
-            lambda k=k, v=v: vfa3.varlen(
-                self.q, k, v, starts, 1, seqused_k=self.lens32, max_k=longest, page_table=self.tables, causal=True
-            )
-            for k, v in self.layers
-        ]
+        options = {"seqused_k": self.lens32, "max_k": longest, "page_table": self.tables, "causal": True}
+        return [partial(vfa3.varlen, self.q, k, v, starts, 1, **options) for k, v in self.layers]
 
 
 def random_lens(count: int, low: int, high: int) -> list[int]:
@@ -197,7 +196,7 @@ def decode_section(block_size: int) -> list[Row]:
             calls, out = cache.decode(2112, 32, 4, 2)
             calls[0]()
             theirs = cache.fa3_decode()
-            row = {"batch": batch, "kernel": "FlashAttention-3", "us": round(layer_us(list(theirs)), 1)}
+            row = {"batch": batch, "kernel": "FlashAttention-3", "us": round(layer_us(theirs), 1)}
             rows.append(row | {"difference": difference(out, theirs[0]())})
             print(rows[-1], flush=True)
         items = paged_decode.decode_items(batch, 8)
@@ -224,7 +223,7 @@ def contexts_section(block_size: int) -> list[Row]:
             row: Row = {"context": context, "batch": batch, "heads": heads, "us": round(layer_us(calls), 1)}
             if vfa3 is not None:
                 theirs = cache.fa3_decode()
-                row["fa3_us"] = round(layer_us(list(theirs)), 1)
+                row["fa3_us"] = round(layer_us(theirs), 1)
                 row["of_fa3"] = round(row["us"] / row["fa3_us"], 3)
                 calls[0]()
                 row["difference"] = difference(out, theirs[0]())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Sized
@@ -23,13 +22,13 @@ from nanovllm.errors import UserError
 from nanovllm.outputs import RequestOutput, error_output
 from nanovllm.preflight import check_model
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.log import get_logger
 from nanovllm.utils.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Prompt = str | Sized[int]
-logger = logging.getLogger(__name__)
 
 
 class EngineStats(NamedTuple):
@@ -62,7 +61,7 @@ class LLMEngine:
         self.max_model_len = min(self.config.max_model_len, positions)
         self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(self.config)
         self.executor = create_executor(self.config, self.model_config, self.max_model_len)
-        logger.info("%s: %s", self.config.model, self.executor.summary)
+        get_logger(__name__).info("%s: %s", self.config.model, self.executor.summary)
         self._start_empty()
         self.counter = itertools.count()
         self.steps = self.prompt_tokens = self.generated_tokens = self.cached_tokens = 0
