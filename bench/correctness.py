@@ -67,7 +67,7 @@ def recorded_logits(llm: LLM) -> Iterator[list[torch.Tensor]]:
     try:
         yield steps
     finally:
-        model.compute_logits = compute
+        del model.compute_logits
 
 
 def engine_logprobs(model_dir: Path, prompts: list[list[int]], **options: Any) -> tuple[list[list[int]], torch.Tensor]:
@@ -116,7 +116,7 @@ def random_prompts(lengths: list[int], vocab_size: int, seed: int = 0) -> list[l
 
 def generate(model_dir: Path, prompts: list[list[int]], turns: int = 1, **options: Any) -> list[list[list[int]]]:
     """Tokens of `turns` batches of the same prompts, half of them greedy."""
-    llm = LLM(str(model_dir), gpu_memory_utilization=0.3, **options)
+    llm = LLM(str(model_dir), gpu_memory_utilization=0.3, max_num_seqs=len(prompts), **options)
     params = [
         SamplingParams(temperature=0.0 if i % 2 else 0.8, seed=i, max_tokens=NEW_TOKENS + i % 5, ignore_eos=True)
         for i in range(len(prompts))
@@ -187,7 +187,7 @@ def main() -> None:
             result["bf16_transformers_vs_transformers_fp32"] = difference(theirs, exact)
             print({key: value for key, value in result.items() if "bf16" in key}, flush=True)
         del truth, made
-        lengths = [random.Random(1).randrange(20, 900) for _ in range(64)]
+        lengths = [random.Random(1).randrange(20, 900) for _ in range(48)]
         shared = random_prompts([512], vocab_size, seed=5)[0]
         prompts = random_prompts(lengths, vocab_size, seed=2)
         prompts = [shared + p if i % 2 else p for i, p in enumerate(prompts)]

@@ -1,5 +1,9 @@
 # ruff: noqa: B023, E731 - each closure is timed before its loop goes on
-"""The GPU part of `bench/kernels.py`: median times on a cold L2 cache, on random inputs, in bfloat16."""
+"""The GPU part of `bench/kernels.py`: median times in bfloat16 on random inputs.
+
+Decode attention and the small kernels are timed as they run in the engine: one after the other in a CUDA graph, attention on
+layers of its own, so that no cache helps. Prefill is timed call by call, with the L2 cache flushed.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from nanovllm.kernels import activation, layernorm, paged_decode, paged_prefill, qk_norm_rope, sampling
+from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch
 
 try:  # the FlashAttention-3 of vLLM, without vLLM
     import vfa3
@@ -27,6 +32,13 @@ except ImportError:
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
 Row = dict[str, Any]
+DECODE_DEFAULTS = (
+    paged_decode.PROGRAMS_PER_SM,
+    paged_decode.decode_tile(128, DTYPE),
+    paged_decode.NUM_STAGES,
+    paged_decode.NUM_WARPS,
+    paged_decode.ITEM_TILES,
+)
 
 
 def median_ms(call: Callable[[], object], rep: int = 60) -> float:
@@ -113,25 +125,36 @@ class Cache:
         self.scale = head_dim**-0.5
 
     def decode(
-        self, target: int, tile: int, stages: int, warps: int
+        self, per_sm: int, tile: int, stages: int, warps: int, item_tiles: int
     ) -> tuple[list[Callable[[], object]], torch.Tensor]:
         """Our decode of each layer, and its output."""
         batch = len(self.lens)
         self.q = q = torch.randn(batch, self.num_heads, self.head_dim, device=DEVICE, dtype=DTYPE)
-        items = paged_decode.decode_items(batch, self.num_kv_heads, target)
+        programs = paged_decode.decode_programs(self.num_kv_heads, DEVICE, per_sm)
         buffers = paged_decode.make_decode_buffers(
-            batch, items, self.num_heads, self.num_kv_heads, self.head_dim, DEVICE
+            batch, programs, self.num_heads, self.num_kv_heads, self.head_dim, DEVICE
         )
         out = torch.full_like(q, float("nan"))
-        paged_decode.plan_decode(self.slots, self.lens, items, buffers, tile=tile)
+        paged_decode.plan_decode(self.slots, self.lens, programs, buffers, tile=tile, item_tiles=item_tiles)
         options = {"tile": tile, "num_stages": stages, "num_warps": warps}
         return [
             partial(
-                paged_decode.paged_decode, q, k, v, self.tables, items, buffers, self.scale, out,
+                paged_decode.paged_decode, q, k, v, self.tables, programs, buffers, self.scale, out,
                 other_kernel_between=True, **options,
             )
             for k, v in self.layers
         ], out  # fmt: skip
+
+    def check(self, call: Callable[[], object], out: torch.Tensor) -> None:
+        """Fast and wrong is no result: the first layer's `call` must give what plain torch does."""
+        out.fill_(float("nan"))
+        call()
+        slots = context_slots(self.tables, self.k.shape[1], int(self.lens.max()))
+        mask = torch.arange(slots.shape[1], device=DEVICE) < self.lens[:, None]
+        k, v = self.k.contiguous(), self.v.contiguous()
+        error = difference(out, paged_decode_torch(self.q, k, v, slots, mask, self.scale))
+        if not error < 0.01:
+            raise SystemExit(f"the decode kernel is wrong: relative difference {error}")
 
     def fa3_decode(self) -> list[Callable[[], torch.Tensor]]:
         """FlashAttention-3 on the same queries, with its own schedule made beforehand."""
@@ -160,32 +183,21 @@ def decode_section(block_size: int) -> list[Row]:
         ceiling = read_ceiling(caches["NHD"].bytes)
         rows.append({"batch": batch, "kernel": "read", "gb_per_s": round(ceiling)})
         print(rows[-1], flush=True)
-        shapes = (
-            (32, 4, 2),
-            (32, 3, 2),
-            (32, 6, 2),
-            (64, 3, 2),
-            (64, 2, 4),
-            (64, 3, 4),
-            (128, 2, 4),
-            (16, 6, 1),
-            (32, 4, 1),
-        )
-        variants = [("NHD", 2112, *shape) for shape in shapes]
-        variants += [
-            ("NHD", target, *shape) for target in (528, 1056, 4224, 8448) for shape in ((32, 4, 2), (16, 6, 1))
-        ]
-        variants += [("HND", 2112, *shape) for shape in ((32, 4, 2), (16, 6, 1))]
+        shapes = ((32, 6, 2), (64, 6, 4), (16, 10, 1), (32, 8, 2))
+        variants = [("NHD", w, *shape, cost) for shape in shapes for w in (2, 3, 4, 5, 6, 10) for cost in (0, 2, 4)]
+        variants += [("HND", 4, 32, 6, 2, 2)]
         best: Row | None = None
-        for layout, target, tile, stages, warps in variants:
+        for layout, per_sm, tile, stages, warps, cost in variants:
             cache = caches[layout]
             try:
-                us = layer_us(cache.decode(target, tile, stages, warps)[0])
+                calls, out = cache.decode(per_sm, tile, stages, warps, cost)
+                us = layer_us(calls)
+                cache.check(calls[0], out)
             except triton.runtime.errors.OutOfResources as error:
-                print(layout, target, tile, stages, warps, error, flush=True)
+                print(layout, per_sm, tile, stages, warps, error, flush=True)
                 continue
             row = {
-                "batch": batch, "layout": layout, "target_programs": target, "tile": tile, "stages": stages, "warps": warps,
+                "batch": batch, "layout": layout, "programs_per_sm": per_sm, "tile": tile, "stages": stages, "warps": warps, "item_tiles": cost,
                 "us": round(us, 1), "of_read_ceiling": round(cache.bytes / us / 1e3 / ceiling, 3),
             }  # fmt: skip
             rows.append(row)
@@ -193,15 +205,15 @@ def decode_section(block_size: int) -> list[Row]:
         print("best", best, flush=True)
         cache = caches["NHD"]
         if vfa3 is not None:
-            calls, out = cache.decode(2112, 32, 4, 2)
+            calls, out = cache.decode(*DECODE_DEFAULTS)
             calls[0]()
             theirs = cache.fa3_decode()
             row = {"batch": batch, "kernel": "FlashAttention-3", "us": round(layer_us(theirs), 1)}
             rows.append(row | {"difference": difference(out, theirs[0]())})
             print(rows[-1], flush=True)
-        items = paged_decode.decode_items(batch, 8)
-        buffers = paged_decode.make_decode_buffers(batch, items, 16, 8, 128, DEVICE)
-        us = layer_us([lambda: paged_decode.plan_decode(cache.slots, cache.lens, items, buffers)] * 8)
+        programs = paged_decode.decode_programs(8, DEVICE)
+        buffers = paged_decode.make_decode_buffers(batch, programs, 16, 8, 128, DEVICE)
+        us = layer_us([lambda: paged_decode.plan_decode(cache.slots, cache.lens, programs, buffers, 64)] * 8)
         rows.append({"batch": batch, "kernel": "plan_decode", "us": round(us, 1)})
         print(rows[-1], flush=True)
     return rows
@@ -217,10 +229,9 @@ def contexts_section(block_size: int) -> list[Row]:
         for heads in ((16, 8), (32, 8)):
             layers = max(2, min(8, (1 << 33) // (context * batch * 4096)))
             cache = Cache([context] * batch, heads[0], heads[1], 128, block_size, layers=layers)
-            calls, out = cache.decode(
-                paged_decode.TARGET_PROGRAMS, paged_decode.TILE, paged_decode.NUM_STAGES, paged_decode.NUM_WARPS
-            )
+            calls, out = cache.decode(*DECODE_DEFAULTS)
             row: Row = {"context": context, "batch": batch, "heads": heads, "us": round(layer_us(calls), 1)}
+            cache.check(calls[0], out)
             if vfa3 is not None:
                 theirs = cache.fa3_decode()
                 row["fa3_us"] = round(layer_us(theirs), 1)
@@ -299,7 +310,7 @@ def _seed_sample(logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tens
 
 
 def small_section(block_size: int) -> list[Row]:
-    """The small kernels beside `torch.compile` of the plain forms, and what compiling costs at start."""
+    """The small kernels beside `torch.compile` of the plain forms, one after the other in a graph, and what compiling costs."""
     rows: list[Row] = []
 
     def compare(name: str, tokens: int, ours: Callable[[], object], plain: Callable[[], object] | None) -> None:
@@ -307,16 +318,16 @@ def small_section(block_size: int) -> list[Row]:
         ours()
         torch.cuda.synchronize()
         row: Row = {"small": name, "tokens": tokens, "first_call_s": round(time.perf_counter() - start, 2)}
-        row["us"] = round(median_ms(ours, 30) * 1e3, 1)
+        row["us"] = round(layer_us([ours] * 8), 1)
         if plain is not None:
-            row["torch_us"] = round(median_ms(plain, 30) * 1e3, 1)
+            row["torch_us"] = round(layer_us([plain] * 8), 1)
             torch._dynamo.reset()
             compiled = torch.compile(plain)
             start = time.perf_counter()
             compiled()
             torch.cuda.synchronize()
             row["compile_s"] = round(time.perf_counter() - start, 2)
-            row["compiled_us"] = round(median_ms(compiled, 30) * 1e3, 1)
+            row["compiled_us"] = round(layer_us([compiled] * 8), 1)
         rows.append(row)
         print(row, flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence as Sized
 from typing import Any
 
@@ -13,6 +14,8 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 Message = dict[str, Any]
+# Most prompts taken in before a step.
+PROMPTS_PER_STEP = 128
 
 
 class LLM(LLMEngine):
@@ -45,15 +48,19 @@ class LLM(LLMEngine):
         progress = tqdm(total=len(prompt_list), desc="Generating", dynamic_ncols=True, disable=not use_tqdm)
         start = self.generated_tokens
         try:
-            for index, (prompt, param) in enumerate(zip(prompt_list, params, strict=True)):
-                seq = self.make_sequence(prompt, param)
-                if isinstance(seq, dict):
-                    outputs[index] = seq
-                    progress.update()
-                else:
-                    indices[seq.seq_id] = index
-                    self.add(seq)
-            while self.has_work:
+            requests = deque(enumerate(zip(prompt_list, params, strict=True)))
+            while requests or self.has_work:
+                # Prompts are tokenized while steps run on the device: a few each time, and before they are needed.
+                room = min(len(requests), self.config.max_num_seqs - len(self.scheduler.waiting), PROMPTS_PER_STEP)
+                for _ in range(room):
+                    index, (prompt, param) = requests.popleft()
+                    made = self.make_sequence(prompt, param)
+                    if isinstance(made, dict):
+                        outputs[index] = made
+                        progress.update()
+                    else:
+                        indices[made.seq_id] = index
+                        self.add(made)
                 for seq, output in self.step():
                     outputs[indices[seq.seq_id]] = output
                     progress.update()

@@ -46,10 +46,11 @@ class DecodeGraphs:
         self.slots = torch.full((max_num_seqs,), padding_slot, dtype=torch.int64, device=device)
         self.loaded = np.full(max_num_seqs, padding_slot)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        free = torch.cuda.mem_get_info(device)[0]
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)
         gc.collect()
+        torch.cuda.empty_cache()  # as each capture does, so that it does not count
+        free = torch.cuda.mem_get_info(device)[0]
         # The largest first: the smaller ones find room in its memory, as only one runs at a time.
         for size in reversed(self.sizes):
             # Kernels are compiled and loaded outside of the capture.

@@ -6,6 +6,7 @@ name, no re-import of the user's main module, and a closed socket is how either 
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -126,6 +127,7 @@ class UniprocExecutor(Executor):
         self.in_flight.clear()
         self.runner = None
         if torch.cuda.is_available():
+            gc.collect()  # what refers to itself would keep its part of the GPU
             torch.cuda.empty_cache()
 
 

@@ -197,7 +197,9 @@ class LLMEngine:
         if not token_ids:
             return "the prompt is empty; it must have at least one token"
         vocab_size = self.model_config.vocab_size
-        wrong = [t for t in token_ids if not isinstance(t, (int, Integral)) or not 0 <= t < vocab_size]
+        # Three passes in C for plain integers; the exact check is a hundred times slower.
+        plain = {*map(type, token_ids)} == {int} and min(token_ids) >= 0 and max(token_ids) < vocab_size
+        wrong = [] if plain else [t for t in token_ids if not isinstance(t, Integral) or not 0 <= t < vocab_size]
         if wrong:
             return f"the prompt holds {wrong[0]!r}, which is not a token id of this model (0 to {vocab_size - 1})"
         if len(token_ids) >= self.max_model_len:

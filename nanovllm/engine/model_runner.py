@@ -89,7 +89,12 @@ class ModelRunner:
             torch.cuda.set_device(self.device)
             self.memory = GpuMemory(self.device, config.gpu_memory_utilization)
         self.backend = backend_class(
-            tp.shard(model_config.num_heads), self.num_kv_heads, model_config.head_dim, self.max_num_seqs, self.device
+            tp.shard(model_config.num_heads),
+            self.num_kv_heads,
+            model_config.head_dim,
+            self.max_num_seqs,
+            self.device,
+            self.dtype,
         )
         with _default_dtype(self.dtype), self.device:
             model_class = ARCHITECTURES[model_config.architecture].load()
@@ -303,6 +308,8 @@ class GpuMemory:
         self.device = device
         self.utilization = utilization
         torch.zeros(1, device=device)  # the context exists from here on
+        # Another engine of this process counts by its own fraction.
+        self.reserved_at_start = torch.cuda.memory_reserved(device)
         self.outside_at_start = self._outside()
 
     def budget(self) -> int:
@@ -310,7 +317,7 @@ class GpuMemory:
         free, total = torch.cuda.mem_get_info(self.device)
         # Kernels, library handles and NCCL buffers. Another process that starts now is counted too: a smaller pool, not a crash.
         grown = max(0, self._outside() - self.outside_at_start)
-        own = torch.cuda.memory_reserved(self.device) + CONTEXT_BYTES + grown
+        own = torch.cuda.memory_reserved(self.device) - self.reserved_at_start + CONTEXT_BYTES + grown
         return int(min(total * self.utilization - own, free - SPARE_BYTES))
 
     def _outside(self) -> int:

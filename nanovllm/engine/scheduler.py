@@ -94,6 +94,8 @@ class Scheduler:
         return batch, budget
 
     def _admit(self, batch: list[ScheduledSequence], budget: int) -> None:
+        if not self.waiting:
+            return
         reserve = sum(map(self._reserve, self.running))
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]

@@ -14,32 +14,41 @@ import torch
 
 from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
-# Tokens a program reads at a time, and how many such reads are in flight (bench/NOTES.md).
-TILE = 32
+# How deep the pipeline is that reads the tiles, and the warps of a program (bench/NOTES.md).
 NUM_STAGES = 6
-NUM_WARPS = 2
-# Programs a step's tokens are cut for, beyond one a sequence and KV head.
-TARGET_PROGRAMS = 2112
-# Joining partial results costs more than shorter items gain.
-MIN_ITEM_TOKENS = 256
-MAX_SPLITS = 64
+NUM_WARPS = 4
+# Programs a multiprocessor, and multiprocessors where there is no GPU to ask.
+PROGRAMS_PER_SM = 2
+DEFAULT_SMS = 132
+# Joining partial results costs more than shorter parts gain.
+MIN_PART_TOKENS = 128
+# What a program loses between two sequences, in tiles.
+ITEM_TILES = 2
 
 
-def decode_items(batch: int, num_kv_heads: int, target_programs: int = TARGET_PROGRAMS) -> int:
-    """Items to plan `batch` sequences for: one each, for its last tokens, and as many more as fill the GPU several times."""
-    return batch + -(-target_programs // num_kv_heads)
+def decode_tile(head_dim: int, dtype: torch.dtype) -> int:
+    """Tokens a program reads at a time: the keys of a tile and the values are 16 KiB each."""
+    return int(max(16, min(64, (1 << 14) // (triton.next_power_of_2(head_dim) * dtype.itemsize))))
+
+
+def decode_programs(num_kv_heads: int, device: torch.device, per_sm: int = PROGRAMS_PER_SM) -> int:
+    """Programs a KV head."""
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else DEFAULT_SMS
+    return -(-sms * per_sm // num_kv_heads)
 
 
 class DecodeBuffers(NamedTuple):
     """What a decode step of up to B sequences and I items writes and reads besides the cache; reused by every layer and step.
 
     Attributes:
-        items: [I, 8] int32: sequence (-1: none), row of the block tables, first token, end, the sequence's first item and how
-            many it has; the last two are not used.
+        starts: [P + 1] int32: the items of each program; the heads' programs are alike.
+        items: [I, 8] int32: sequence, row of the block tables, first token, end, the sequence's first item and how many it has;
+            the last two are not used.
         partial_out: [I, Hq, D] float32; partial_lse: [I, Hq] float32, base 2: results of items of split sequences.
         arrived: [B, Hkv] how many items of a sequence are done; 0 between launches.
     """
 
+    starts: torch.Tensor
     items: torch.Tensor
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
@@ -47,24 +56,31 @@ class DecodeBuffers(NamedTuple):
 
 
 def make_decode_buffers(
-    batch: int, max_items: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+    batch: int, programs: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
 ) -> DecodeBuffers:
-    """Buffers for `batch` sequences and `max_items` items (at least one a sequence)."""
+    """Buffers for up to `batch` sequences and `programs` programs a KV head."""
+    items = batch + programs
     return DecodeBuffers(
-        items=torch.zeros(max_items, 8, dtype=torch.int32, device=device),
-        partial_out=torch.empty(max_items, num_heads, head_dim, dtype=torch.float32, device=device),
-        partial_lse=torch.empty(max_items, num_heads, dtype=torch.float32, device=device),
+        starts=torch.zeros(programs + 1, dtype=torch.int32, device=device),
+        items=torch.zeros(items, 8, dtype=torch.int32, device=device),
+        partial_out=torch.empty(items, num_heads, head_dim, dtype=torch.float32, device=device),
+        partial_lse=torch.empty(items, num_heads, dtype=torch.float32, device=device),
         arrived=torch.zeros(batch, num_kv_heads, dtype=torch.int32, device=device),
     )
 
 
 def plan_decode(
-    slots: torch.Tensor, context_lens: torch.Tensor, max_items: int, buffers: DecodeBuffers, tile: int = TILE
+    slots: torch.Tensor,
+    context_lens: torch.Tensor,
+    programs: int,
+    buffers: DecodeBuffers,
+    tile: int,
+    item_tiles: int = ITEM_TILES,
 ) -> None:
-    """Cut contexts of `context_lens` [B] tokens into at most `max_items` items of equal length, the shortest that fit.
+    """Cut the contexts of `context_lens` [B] tokens, laid end to end, into `programs` equal parts.
 
-    No item is shorter than `MIN_ITEM_TOKENS`, the last of a sequence excepted, and no sequence has more than `MAX_SPLITS`. One
-    of length 0 (padding of a CUDA graph's batch) gets one empty item, which writes zeros.
+    An item is what a part has of one sequence. No part is shorter than `MIN_PART_TOKENS`, so there may be fewer. A sequence of
+    length 0 (padding of a CUDA graph's batch) gets one empty item, which writes zeros.
 
     Args:
         slots: [B] the row of the block tables of each sequence.
@@ -73,61 +89,64 @@ def plan_decode(
     _plan_kernel[(1,)](
         slots,
         context_lens,
+        buffers.starts,
         buffers.items,
         batch,
-        max_items,
+        programs,
         TILE=tile,
-        MIN_TILES=max(1, MIN_ITEM_TOKENS // tile),
-        MAX_SPLITS=MAX_SPLITS,
+        MIN_TILES=max(1, MIN_PART_TOKENS // tile),
+        ITEM_TILES=item_tiles,
         BLOCK_B=max(256, triton.next_power_of_2(batch)),  # few variants to compile
-        BLOCK_I=1024,
+        BLOCK_P=256,
         num_warps=4,
     )
 
 
-@triton.jit(do_not_specialize=["batch", "max_items"])
+@triton.jit(do_not_specialize=["batch", "programs"])
 def _plan_kernel(
     slots,
     context_lens,
+    starts,
     items,
     batch,
-    max_items,
+    programs,
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    ITEM_TILES: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     rows = tl.arange(0, BLOCK_B)
     live = rows < batch
     lens = tl.load(context_lens + rows, mask=live, other=0).to(tl.int32)
     slot = tl.load(slots + rows, mask=live, other=0).to(tl.int32)
-    tiles = tl.maximum((lens + TILE - 1) // TILE, 1)
-    # Bisection for the shortest chunk, in tiles, whose items fit.
-    longest = tl.max(tiles, axis=0)
-    low = tl.maximum((longest + MAX_SPLITS - 1) // MAX_SPLITS, MIN_TILES)
-    high = tl.maximum(longest, low)
-    while low < high:
-        middle = (low + high) // 2
-        fits = tl.sum(tl.where(live, (tiles + middle - 1) // middle, 0), axis=0) <= max_items
-        high = tl.where(fits, middle, high)
-        low = tl.where(fits, low, middle + 1)
-    count = tl.where(live, (tiles + low - 1) // low, 0)
+    tiles = tl.where(live, tl.maximum((lens + TILE - 1) // TILE, 1), 0)
+    # Each sequence costs `ITEM_TILES` more than its tiles: they stand before them. What lies before it, and in which part it begins.
+    cost = tl.where(live, tiles + ITEM_TILES, 0)
+    before = tl.cumsum(cost, axis=0) - cost
+    part_tiles = tl.maximum((tl.sum(cost, axis=0) + programs - 1) // programs, MIN_TILES)
+    part = before // part_tiles
+    count = tl.where(live, (before + cost - 1) // part_tiles - part + 1, 0)
     first = tl.cumsum(count, axis=0) - count
+    total = tl.sum(count, axis=0)
+    for base in range(0, programs + 1, BLOCK_P):
+        index = base + tl.arange(0, BLOCK_P)
+        tl.store(starts + index, tl.zeros((BLOCK_P,), tl.int32) + total, mask=index <= programs)
+    tl.debug_barrier()
     for j in range(tl.max(count, axis=0)):
-        item = items + (first + j) * 8
         here = j < count
-        start = j * low * TILE
+        begin = tl.maximum(before, (part + j) * part_tiles)
+        end = tl.minimum(before + cost, (part + j + 1) * part_tiles)
+        tl.store(starts + part + j, first + j, mask=here & (begin == (part + j) * part_tiles))
+        begin = tl.maximum(begin - before - ITEM_TILES, 0) * TILE
+        end = tl.maximum(end - before - ITEM_TILES, 0) * TILE
+        item = items + (first + j) * 8
         tl.store(item, rows, mask=here)
         tl.store(item + 1, slot, mask=here)
-        tl.store(item + 2, tl.zeros_like(first) + start, mask=here)
-        tl.store(item + 3, tl.minimum(start + low * TILE, lens), mask=here)
+        tl.store(item + 2, begin, mask=here)
+        tl.store(item + 3, tl.minimum(end, lens), mask=here)
         tl.store(item + 4, first, mask=here)
         tl.store(item + 5, count, mask=here)
-    total = tl.sum(count, axis=0)
-    for base in range(0, max_items, BLOCK_I):
-        rest = base + tl.arange(0, BLOCK_I)
-        tl.store(items + rest * 8, tl.full((BLOCK_I,), -1, tl.int32), mask=(rest >= total) & (rest < max_items))
 
 
 def paged_decode(
@@ -135,12 +154,12 @@ def paged_decode(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
-    max_items: int,
+    programs: int,
     buffers: DecodeBuffers,
     scale: float,
     out: torch.Tensor,
     *,
-    tile: int = TILE,
+    tile: int,
     num_stages: int = NUM_STAGES,
     num_warps: int = NUM_WARPS,
     other_kernel_between: bool = False,
@@ -161,7 +180,7 @@ def paged_decode(
     assert k_cache.stride() == v_cache.stride() and q.is_contiguous() and out.is_contiguous()
     pdl = other_kernel_between and use_pdl(q)
     # Heads vary fastest, so programs that run together read neighbouring parts of the same tokens.
-    _decode_kernel[(num_kv_heads, max_items)](
+    _decode_kernel[(num_kv_heads, programs)](
         q,
         k_cache,
         v_cache,
@@ -195,6 +214,7 @@ def _decode_kernel(
     v_ptr,
     out_ptr,
     block_tables,
+    starts,
     items,
     partial_out,
     partial_lse,
@@ -218,95 +238,106 @@ def _decode_kernel(
     PDL: tl.constexpr,
 ):
     head = tl.program_id(0)
-    item = tl.program_id(1)
-    row = tl.load(items + item * 8)
-    slot = tl.load(items + item * 8 + 1)
-    start = tl.load(items + item * 8 + 2)
-    end = tl.load(items + item * 8 + 3)
-    first = tl.load(items + item * 8 + 4)
-    count = tl.load(items + item * 8 + 5)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if row < 0:
-        return
-    table = block_tables + slot.to(tl.int64) * stride_table
-
+    program = tl.program_id(1)
+    first_item = tl.load(starts + program)
+    last_item = tl.load(starts + program + 1)
     group = tl.arange(0, BLOCK_G)
     dim = tl.arange(0, BLOCK_D)
     heads = head * GROUP + group
     out_mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
     out_offsets = heads[:, None] * HEAD_DIM + dim[None, :]
-    row_offset = row.to(tl.int64) * (NUM_KV_HEADS * GROUP * HEAD_DIM)
-    q = tl.load(q_ptr + row_offset + out_offsets, mask=out_mask, other=0.0)
-
-    best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_G,), tl.float32)
-    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    for n in tl.range(start, end, TILE, num_stages=STAGES):
-        tokens = n + tl.arange(0, TILE)
-        inside = tokens < end
-        if BLOCK_SIZE >= TILE:  # a tile lies in one block: both begin at multiples of TILE
-            block = tl.load(table + n // BLOCK_SIZE).to(tl.int64)
-            token_offsets = block * stride_block + (tokens % BLOCK_SIZE).to(tl.int64) * stride_token
-        else:
-            block = tl.load(table + tokens // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-            token_offsets = block * stride_block + (tokens % BLOCK_SIZE).to(tl.int64) * stride_token
-        offsets = token_offsets[:, None] + head * stride_head + dim[None, :]
-        mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
-        k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        scores = tl.where(inside[None, :], scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_best[:, None])
-        rescale = tl.exp2(best - new_best)
-        total = total * rescale + tl.sum(weights, axis=1)
-        v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
-        acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        best = new_best
-
-    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    if count == 1:
-        tl.store(out_ptr + row_offset + out_offsets, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
-        return
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-    lse = best + tl.log2(total)
-    tl.store(partial_out + item.to(tl.int64) * (NUM_HEADS * HEAD_DIM) + out_offsets, acc, mask=out_mask)
-    tl.store(partial_lse + item * NUM_HEADS + heads, lse, mask=group < GROUP)
-    # All of this program's writes come before its arrival, and the last arrival before the reads of the others' results.
-    tl.debug_barrier()
-    counter = arrived + row * NUM_KV_HEADS + head
-    before = tl.atomic_add(counter, 1, sem="acq_rel")
-    if before == count - 1:
-        tl.debug_barrier()
-        # Every partial result of these heads, [MERGE_J, MERGE_G, D] at a time, so that few loads follow one another.
-        part_index = tl.arange(0, MERGE_J)
-        part_head = head * GROUP + tl.arange(0, MERGE_G)
-        head_mask = tl.arange(0, MERGE_G) < GROUP
-        best_of = tl.full((MERGE_G,), float("-inf"), tl.float32)
-        total_of = tl.zeros((MERGE_G,), tl.float32)
-        merged = tl.zeros((MERGE_G, BLOCK_D), tl.float32)
-        for base in range(0, count, MERGE_J):
-            mask = (base + part_index < count)[:, None] & head_mask[None, :]
-            index = (first + base + part_index).to(tl.int64)
-            at = index[:, None] * NUM_HEADS + part_head[None, :]
-            # .cg: the other programs' writes are in the L2 cache, this one's L1 may hold older lines.
-            lses = tl.load(partial_lse + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
-            parts = tl.load(
-                partial_out + at[:, :, None] * HEAD_DIM + dim[None, None, :],
-                mask=mask[:, :, None] & (dim < HEAD_DIM)[None, None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            new_best_of = tl.maximum(best_of, tl.max(lses, axis=0))
-            weights_of = tl.exp2(lses - new_best_of[None, :])
-            rescale_of = tl.exp2(best_of - new_best_of)
-            merged = merged * rescale_of[:, None] + tl.sum(parts * weights_of[:, :, None], axis=0)
-            total_of = total_of * rescale_of + tl.sum(weights_of, axis=0)
-            best_of = new_best_of
-        merged = merged / total_of[:, None]
-        tl.store(
-            out_ptr + row_offset + part_head[:, None] * HEAD_DIM + dim[None, :],
-            merged.to(out_ptr.dtype.element_ty),
-            mask=head_mask[:, None] & (dim < HEAD_DIM)[None, :],
-        )
-        tl.store(counter, 0)
+    ROW: tl.constexpr = NUM_HEADS * HEAD_DIM
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if first_item == last_item:
+        return
+    row, slot, start, end, first, count = _load_item(items, first_item)
+    q = tl.load(q_ptr + row.to(tl.int64) * ROW + out_offsets, mask=out_mask, other=0.0)
+    for item in range(first_item, last_item):
+        # The next item is on its way while this one is computed.
+        next_item = tl.minimum(item + 1, last_item - 1)
+        next_row, next_slot, next_start, next_end, next_first, next_count = _load_item(items, next_item)
+        table = block_tables + slot.to(tl.int64) * stride_table
+        best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_G,), tl.float32)
+        acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+        # Counted from 0: Triton 3.6 takes a carried value that is only a loop's lower bound for dead.
+        for i in tl.range(0, (end - start + TILE - 1) // TILE, num_stages=STAGES):
+            n = start + i * TILE
+            tokens = n + tl.arange(0, TILE)
+            inside = tokens < end
+            if BLOCK_SIZE >= TILE:  # a tile lies in one block: both begin at multiples of TILE
+                block = tl.load(table + n // BLOCK_SIZE).to(tl.int64)
+                token_offsets = block * stride_block + (tokens % BLOCK_SIZE).to(tl.int64) * stride_token
+            else:
+                block = tl.load(table + tokens // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+                token_offsets = block * stride_block + (tokens % BLOCK_SIZE).to(tl.int64) * stride_token
+            offsets = token_offsets[:, None] + head * stride_head + dim[None, :]
+            mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
+            k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            scores = tl.where(inside[None, :], scores, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_best[:, None])
+            rescale = tl.exp2(best - new_best)
+            total = total * rescale + tl.sum(weights, axis=1)
+            v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
+            acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+            best = new_best
+
+        q = tl.load(q_ptr + next_row.to(tl.int64) * ROW + out_offsets, mask=out_mask, other=0.0)
+        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+        row_offset = row.to(tl.int64) * ROW
+        if count == 1:
+            tl.store(out_ptr + row_offset + out_offsets, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+        else:
+            lse = best + tl.log2(total)
+            tl.store(partial_out + tl.cast(item, tl.int64) * ROW + out_offsets, acc, mask=out_mask)
+            tl.store(partial_lse + item * NUM_HEADS + heads, lse, mask=group < GROUP)
+            # All of this program's writes come before its arrival, and the last arrival before the reads of the others' results.
+            tl.debug_barrier()
+            counter = arrived + row * NUM_KV_HEADS + head
+            before = tl.atomic_add(counter, 1, sem="acq_rel")
+            if before == count - 1:
+                tl.debug_barrier()
+                # Every partial result of these heads, [MERGE_J, MERGE_G, D] at a time, so that few loads follow one another.
+                part_index = tl.arange(0, MERGE_J)
+                part_head = head * GROUP + tl.arange(0, MERGE_G)
+                head_mask = tl.arange(0, MERGE_G) < GROUP
+                # Finite: items without tokens have -inf, and may come first or, of padding, be all there are.
+                best_of = tl.full((MERGE_G,), -1e38, tl.float32)
+                total_of = tl.zeros((MERGE_G,), tl.float32)
+                merged = tl.zeros((MERGE_G, BLOCK_D), tl.float32)
+                for base in range(0, count, MERGE_J):
+                    mask = (base + part_index < count)[:, None] & head_mask[None, :]
+                    index = (first + base + part_index).to(tl.int64)
+                    at = index[:, None] * NUM_HEADS + part_head[None, :]
+                    # .cg: the other programs' writes are in the L2 cache, this one's L1 may hold older lines.
+                    lses = tl.load(partial_lse + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
+                    parts = tl.load(
+                        partial_out + at[:, :, None] * HEAD_DIM + dim[None, None, :],
+                        mask=mask[:, :, None] & (dim < HEAD_DIM)[None, None, :],
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                    new_best_of = tl.maximum(best_of, tl.max(lses, axis=0))
+                    weights_of = tl.exp2(lses - new_best_of[None, :])
+                    rescale_of = tl.exp2(best_of - new_best_of)
+                    merged = merged * rescale_of[:, None] + tl.sum(parts * weights_of[:, :, None], axis=0)
+                    total_of = total_of * rescale_of + tl.sum(weights_of, axis=0)
+                    best_of = new_best_of
+                merged = merged / tl.where(total_of == 0, 1.0, total_of)[:, None]
+                tl.store(
+                    out_ptr + row_offset + part_head[:, None] * HEAD_DIM + dim[None, :],
+                    merged.to(out_ptr.dtype.element_ty),
+                    mask=head_mask[:, None] & (dim < HEAD_DIM)[None, :],
+                )
+                tl.store(counter, 0)
+        row, slot, start, end, first, count = next_row, next_slot, next_start, next_end, next_first, next_count
+
+
+@triton.jit
+def _load_item(items, item):
+    at = items + item * 8
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)

@@ -51,7 +51,7 @@ class AttentionBackend(ABC):
 
     Args:
         num_heads, num_kv_heads: Hq and Hkv of this rank; head_dim: D.
-        max_num_seqs: most decodes of a step; device: where the cache is.
+        max_num_seqs: most decodes of a step; device, dtype: where the cache is, and of what.
     """
 
     # Whether a step of decodes needs nothing of the host, so that a CUDA graph can hold it.
@@ -64,12 +64,14 @@ class AttentionBackend(ABC):
         head_dim: int,
         max_num_seqs: int = 1,
         device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.max_num_seqs = max_num_seqs
         self.device = device or torch.device("cpu")
+        self.dtype = dtype
         self.scale = head_dim**-0.5
 
     @abstractmethod

@@ -1,38 +1,92 @@
-"""The engine on a GPU with the torch backend: same labels as on the CPU, pool sized from free memory. Skipped elsewhere."""
+"""The engine on a GPU: the CPU's tokens, whatever the backend, the loop and the graphs. Skipped where there is none."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, UserError
+from nanovllm.outputs import RequestOutput
 from tests.models import make_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-PROMPTS = [[3, 1, 4, 1, 5], [9] * 40, list(range(60)), [2, 7, 1, 8]]
+RNG = random.Random(0)
+SHARED = [RNG.randrange(257) for _ in range(50)]
+PROMPTS = [SHARED * (i % 2) + [RNG.randrange(257) for _ in range(RNG.randrange(1, 90))] for i in range(37)]
+PARAMS = [
+    SamplingParams(temperature=0.8 * (i % 3 > 0), max_tokens=RNG.randrange(1, 60), seed=i, stop_token_ids=[7, 8, 9])
+    for i in range(len(PROMPTS))
+]
 
 
-def greedy(model: Path, **options: object) -> list[list[int]]:
-    llm = LLM(str(model), dtype="float32", max_model_len=256, kvcache_block_size=16, **options)
-    outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "model")
+
+
+def run(model: Path, turns: int = 1, **options: Any) -> list[list[RequestOutput]]:
+    defaults = {"dtype": "float32", "max_model_len": 256, "kvcache_block_size": 16, "max_num_seqs": 24}
+    llm = LLM(str(model), **(defaults | {"gpu_memory_utilization": 0.3} | options))
+    outputs = [llm.generate(PROMPTS, PARAMS, use_tqdm=False) for _ in range(turns)]
     llm.exit()
+    return outputs
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
     return [output["token_ids"] for output in outputs]
 
 
-def test_tokens_equal_those_of_the_cpu(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model")
-    assert greedy(model, device="cuda", gpu_memory_utilization=0.3) == greedy(model, device="cpu")
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[list[int]]:
+    return tokens(run(model, device="cpu")[0])
 
 
-def test_seeded_sampling_equals_that_of_the_cpu(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model")
-    params = [SamplingParams(temperature=0.8, max_tokens=40, seed=i) for i in range(len(PROMPTS))]
-    tokens = []
-    for device in ("cuda", "cpu"):
-        llm = LLM(str(model), dtype="float32", device=device, max_model_len=256, gpu_memory_utilization=0.3)
-        tokens.append([output["token_ids"] for output in llm.generate(PROMPTS, params, use_tqdm=False)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"enforce_eager": True},
+        {"async_scheduling": False},
+        {"attention_backend": "torch"},
+        {"kvcache_block_size": 256, "max_num_batched_tokens": 64},
+        {"max_num_seqs": 3},
+        {"enable_prefix_caching": False},
+    ],
+    ids=str,
+)
+def test_tokens_equal_those_of_the_cpu(model: Path, expected: list[list[int]], options: dict[str, Any]) -> None:
+    assert tokens(run(model, device="cuda", **options)[0]) == expected
+
+
+def test_tight_pool_and_cached_prefixes(model: Path, expected: list[list[int]]) -> None:
+    """Preempted sequences are computed again, and a second batch finds the first one's blocks."""
+    llm = LLM(str(model), dtype="float32", max_model_len=256, kvcache_block_size=16, num_kvcache_blocks=40)
+    for _ in range(2):
+        assert tokens(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == expected
+    stats = llm.stats()
+    llm.exit()
+    assert stats.preemptions > 0 and stats.cached_tokens > 0
+
+
+def test_two_engines_share_the_gpu(model: Path, expected: list[list[int]]) -> None:
+    """Each takes its own fraction, and gives it back."""
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "gpu_memory_utilization": 0.3}
+    engines = [LLM(str(model), **options) for _ in range(2)]
+    for llm in engines:
+        assert tokens(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == expected
+    for llm in engines:
         llm.exit()
-    assert tokens[0] == tokens[1]
+    torch.cuda.empty_cache()
+    assert torch.cuda.mem_get_info()[0] > free - (1 << 30)
+
+
+def test_more_blocks_than_memory_are_refused(model: Path) -> None:
+    with pytest.raises(UserError, match="num_kvcache_blocks=100000000"):
+        LLM(str(model), num_kvcache_blocks=100_000_000)

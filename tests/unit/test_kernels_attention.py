@@ -6,6 +6,7 @@ sequence's last block (large, but finite: the engine clears its pool).
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import itertools
@@ -23,11 +24,12 @@ from nanovllm.kernels import paged_decode as paged_decode_module
 from nanovllm.kernels.decode_step import advance, advance_torch, gather_decode, gather_decode_torch
 from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch, paged_prefill_torch
 from nanovllm.kernels.paged_decode import (
-    MIN_ITEM_TOKENS,
-    TARGET_PROGRAMS,
-    TILE,
+    ITEM_TILES,
+    MIN_PART_TOKENS,
+    PROGRAMS_PER_SM,
     DecodeBuffers,
-    decode_items,
+    decode_programs,
+    decode_tile,
     make_decode_buffers,
     paged_decode,
     plan_decode,
@@ -66,7 +68,7 @@ class Case(NamedTuple):
 
 # Every head dim with every block size; the rest in turns.
 CASES = [
-    Case(dim, block_size, GROUPS[i % 7], (2, 1, 3, 1)[i % 4] * (2 if GPU else 1), LAYOUTS[i % 3])
+    Case(dim, block_size, GROUPS[i % 7], (2, 1, 1, 1, 3, 1, 1, 1)[i % 8] * (2 if GPU else 1), LAYOUTS[i % 3])
     for i, (dim, block_size) in enumerate(itertools.product(DIMS, BLOCK_SIZES))
 ]
 
@@ -148,6 +150,7 @@ def nans(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def poison(buffers: DecodeBuffers) -> None:
     """All but the arrivals, which are a launch's to leave as it found them."""
     assert not buffers.arrived.any()
+    buffers.starts.fill_(POISON)
     buffers.items.fill_(POISON)
     buffers.partial_out.fill_(math.nan)
     buffers.partial_lse.fill_(math.nan)
@@ -155,73 +158,129 @@ def poison(buffers: DecodeBuffers) -> None:
 
 def some_lens(rng: random.Random) -> list[int]:
     """Padding, the shortest, an exact block or tile, one far longer than the rest."""
-    lens = [0, 1, rng.randint(2, 31), rng.choice([32, 64, 256]), rng.randint(150, 300)]
+    lens = [0, 1, rng.randint(2, 31), rng.choice([32, 64, 128]), rng.randint(130, 200)]
     if GPU:
         lens += [rng.randint(1, 700) for _ in range(40)] + [0, rng.randint(5000, 9000)]
     rng.shuffle(lens)
     return lens
 
 
-def decoded(cache: Cache, q: torch.Tensor, max_items: int, buffers: DecodeBuffers, tile: int = TILE) -> torch.Tensor:
-    """A planned launch on poisoned buffers; only the batch's rows are written."""
+def decoded(
+    cache: Cache,
+    q: torch.Tensor,
+    programs: int,
+    buffers: DecodeBuffers,
+    tile: int | None = None,
+    item_tiles: int = ITEM_TILES,
+) -> torch.Tensor:
+    """A planned launch on poisoned buffers; only the batch's rows are written, and zeros are those of padding."""
     batch, lens = len(cache.lens), torch.tensor(cache.lens, device=DEVICE)
+    tile = tile or decode_tile(cache.case.dim, q.dtype)
     poison(buffers)
-    plan_decode(cache.slots, lens, max_items, buffers, tile)
+    plan_decode(cache.slots, lens, programs, buffers, tile, item_tiles)
     padded = nans(batch + 2, *q.shape[1:], dtype=q.dtype)
     paged_decode(
         q,
         cache.k,
         cache.v,
         cache.table,
-        max_items,
+        programs,
         buffers,
         cache.case.dim**-0.5,
         padded[1:-1],
         tile=tile,
     )
     assert padded[[0, -1]].isnan().all()
+    assert not padded[1:-1][lens == 0].any()
     assert not buffers.arrived.any(), "arrivals are counted from 0 again by the next launch"
     return padded[1:-1]
 
 
-def buffers_for(case: Case, batch: int, max_items: int) -> DecodeBuffers:
-    return make_decode_buffers(batch, max_items, case.kv_heads * case.group, case.kv_heads, case.dim, DEVICE)
+def attended_by_all(cache: Cache, q: torch.Tensor) -> torch.Tensor:
+    return torch.cat([cache.attended(i, q[i : i + 1]) for i in range(len(cache.lens))])
+
+
+def buffers_for(case: Case, batch: int, programs: int) -> DecodeBuffers:
+    return make_decode_buffers(batch, programs, case.kv_heads * case.group, case.kv_heads, case.dim, DEVICE)
+
+
+def planned(buffers: DecodeBuffers, programs: int) -> list[list[list[int]]]:
+    """The items of each program."""
+    starts, items = buffers.starts[: programs + 1].tolist(), buffers.items.tolist()
+    return [items[first:last] for first, last in itertools.pairwise(starts)]
 
 
 @needs_triton
 @each_dtype
 @each_case
 def test_paged_decode(dtype: torch.dtype, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_decode_module, "MIN_ITEM_TOKENS", TILE)
+    monkeypatch.setattr(paged_decode_module, "MIN_PART_TOKENS", 1)
     rng = random.Random(str(case))
-    buffers = buffers_for(case, 60, 200)
-    # One item a sequence, the longest one split, all but the shortest split.
-    for seed, more in enumerate((0, 3, 100)):
-        cache = Cache(case, some_lens(rng), dtype, seed)
-        batch = len(cache.lens)
-        q = cache.queries(batch, dtype, seed)
+    tile, buffers = decode_tile(case.dim, dtype), buffers_for(case, 60, 4000 if GPU else 100)
+    # One program for all, several sequences a program, a tile a program and some programs without.
+    for seed, programs in enumerate((1, rng.randint(2, 5), None)):
+        cache, item_tiles = Cache(case, some_lens(rng), dtype, seed), rng.choice([0, 1, 2, 5])
+        most = 1 if programs == 1 else -(-max(cache.lens) // tile) + item_tiles
+        programs = programs or sum(item_tiles + max(1, -(-length // tile)) for length in cache.lens) + 3
+        q = cache.queries(len(cache.lens), dtype, seed)
         before = q.clone()
-        out = decoded(cache, q, batch + more, buffers)
-        assert_close(out, torch.cat([cache.attended(i, q[i : i + 1]) for i in range(batch)]))
-        assert not out[torch.tensor(cache.lens) == 0].any()
+        out = decoded(cache, q, programs, buffers, item_tiles=item_tiles)
+        assert_close(out, attended_by_all(cache, q))
         assert torch.equal(q, before)
-        rows = buffers.items[: batch + more, 0]
-        most = int(torch.bincount(rows[rows >= 0]).max())
-        assert most == 1 if more == 0 else most > 1
-        assert more < 100 or most == -(-max(cache.lens) // TILE) or GPU
+        counts = [item[5] for items in planned(buffers, programs) for item in items]
+        assert max(counts) == most or programs in range(2, 6)
 
 
 @needs_triton
 @pytest.mark.parametrize("tile", [16, 64])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_paged_decode_by_other_tiles(tile: int, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_decode_module, "MIN_ITEM_TOKENS", tile)
+    monkeypatch.setattr(paged_decode_module, "MIN_PART_TOKENS", 1)
     case = Case(64, block_size, 3, 1, "apart")
     cache = Cache(case, [65, 0, 130, 17], torch.float32, 1)
     q = cache.queries(4, torch.float32, 2)
-    expected = torch.cat([cache.attended(i, q[i : i + 1]) for i in range(4)])
-    for max_items in (4, 6, 30):
-        assert_close(decoded(cache, q, max_items, buffers_for(case, 4, 30), tile), expected)
+    for programs in (1, 2, 4, 30):
+        assert_close(decoded(cache, q, programs, buffers_for(case, 4, 30), tile), attended_by_all(cache, q))
+
+
+@needs_triton
+@pytest.mark.parametrize("item_tiles", [0, 1, 2, 5])
+@pytest.mark.parametrize("group", [1, 16])
+def test_paged_decode_by_every_number_of_programs(group: int, item_tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that begin at a sequence, before its first tile and in it; items without tokens, several in a row among them."""
+    monkeypatch.setattr(paged_decode_module, "MIN_PART_TOKENS", 1)
+    case = Case(128, 32, group, 1, "apart")
+    cache = Cache(case, [33, 0, 1, 100, 0, 0, 64], torch.float32, 1)
+    q = cache.queries(7, torch.float32, 2)
+    expected, buffers = attended_by_all(cache, q), buffers_for(case, 7, 60)
+    empty = 0
+    for programs in (1, 2, 3, 4, 5, 7, 11, 60):
+        assert_close(decoded(cache, q, programs, buffers, item_tiles=item_tiles), expected)
+        split = [item for items in planned(buffers, programs) for item in items if item[5] > 1]
+        empty += sum(item[2] == item[3] for item in split)
+    assert bool(empty) == (item_tiles > 0)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("lens", "programs", "most_items", "most_parts"),
+    [
+        ([700 * (1 + 20 * GPU)], 5, 1, 5),
+        ([1000 + 9000 * GPU], 200, 1, 9 if not GPU else 79),
+        ([0, 300, 5, 0, 64, 1, 200, 31, 0], 1, 9, 1),
+        ([1, 2, 0, 40, 3, 1500, 4, 5, 0, 6, 7, 8], 4, 7, 4),
+        ([0] * 12, 40, 2, 2),
+    ],
+)
+def test_paged_decode_as_the_engine_plans(lens: list[int], programs: int, most_items: int, most_parts: int) -> None:
+    """One sequence in many programs, one program with many sequences, nothing but padding: with parts as short as they may be."""
+    case = Case(128, 16, 2, 2, "interleaved")
+    cache, buffers = Cache(case, lens, torch.float32, 1), buffers_for(case, len(lens), programs)
+    for seed in range(2):
+        q = cache.queries(len(lens), torch.float32, seed)
+        assert_close(decoded(cache, q, programs, buffers), attended_by_all(cache, q))
+        plan = planned(buffers, programs)
+        assert (max(map(len, plan)), max(item[5] for items in plan for item in items)) == (most_items, most_parts)
 
 
 @needs_triton
@@ -230,109 +289,130 @@ def test_one_plan_serves_every_layer(dtype: torch.dtype) -> None:
     """Launches that share a plan and buffers, whose partial results are of the layer before; all runs of one agree in every bit."""
     case = Case(64, 16, 2, 2, "apart")
     lens = [160, 0, 300, 33] * (16 if GPU else 1)
-    batch, max_items = len(lens), len(lens) + 9
+    batch, programs = len(lens), len(lens) + 1
     layers = [Cache(case, lens, dtype, 5)]
     layers.append(layers[0].next_layer())
-    buffers, context_lens = buffers_for(case, batch, max_items), torch.tensor(lens, device=DEVICE)
+    tile = decode_tile(case.dim, dtype)
+    buffers, context_lens = buffers_for(case, batch, programs), torch.tensor(lens, device=DEVICE)
     poison(buffers)
-    plan_decode(layers[0].slots, context_lens, max_items, buffers)
+    plan_decode(layers[0].slots, context_lens, programs, buffers, tile)
+    assert any(item[5] > 1 for items in planned(buffers, programs) for item in items)
     q = layers[0].queries(batch, dtype, 6)
     results: list[list[torch.Tensor]] = [[], []]
     for i in [0, 1] * (200 if GPU else 2):
         out, cache = torch.full_like(q, math.nan), layers[i]
-        paged_decode(q, cache.k, cache.v, cache.table, max_items, buffers, case.dim**-0.5, out)
+        paged_decode(q, cache.k, cache.v, cache.table, programs, buffers, case.dim**-0.5, out, tile=tile)
         results[i].append(out)
     assert not buffers.arrived.any()
     for cache, outs in zip(layers, results, strict=True):
-        assert_close(outs[0], torch.cat([cache.attended(i, q[i : i + 1]) for i in range(batch)]))
+        assert_close(outs[0], attended_by_all(cache, q))
         assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 @needs_triton
 def test_large_scores_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores of some hundreds: the weights of whole items vanish beside another's, in either order."""
-    monkeypatch.setattr(paged_decode_module, "MIN_ITEM_TOKENS", TILE)
+    monkeypatch.setattr(paged_decode_module, "MIN_PART_TOKENS", 1)
     case = Case(64, 32, 2, 1, "apart")
     cache = Cache(case, [100, 180, 40], torch.float32, 3)
     q = cache.queries(3, torch.float32, 4, scale=200.0)
-    for max_items in (3, 6, 20):
-        expected = torch.cat([cache.attended(i, q[i : i + 1]) for i in range(3)])
-        assert_close(decoded(cache, q, max_items, buffers_for(case, 3, 20)), expected, 5e-3)
+    for programs in (1, 4, 20):
+        assert_close(decoded(cache, q, programs, buffers_for(case, 3, 20)), attended_by_all(cache, q), 5e-3)
     chunk_lens = [60, 180, 2]
     q = cache.queries(sum(chunk_lens), torch.float32, 5, scale=200.0)
     assert_close(prefilled(cache, q, chunk_lens), prefill_reference(cache, q, chunk_lens), 5e-3)
 
 
-def shortest_chunk(lens: list[int], max_items: int, tile: int, least: int) -> int:
-    """Tokens of an item, by trying one length after the other."""
-    tiles = [max(1, -(-length // tile)) for length in lens]
-    tries = itertools.count(max(1, least // tile))
-    return next(c for c in tries if sum(-(-count // c) for count in tiles) <= max_items) * tile
-
-
 def check_plan(
-    lens: list[int], max_items: int, tile: int = TILE, least: int = MIN_ITEM_TOKENS, dtype: torch.dtype = torch.int64
+    lens: list[int],
+    programs: int,
+    tile: int = 32,
+    item_tiles: int = ITEM_TILES,
+    least: int = MIN_PART_TOKENS,
+    dtype: torch.dtype = torch.int64,
 ) -> None:
-    """Items of one length, the shortest that fits, which hold every token once; nothing is written past the last item."""
-    buffers = make_decode_buffers(len(lens) + 3, max_items + 5, 1, 1, 16, DEVICE)
+    """Equal parts of all tiles laid end to end, `item_tiles` before each sequence's; nothing is written that is not read."""
+    buffers = make_decode_buffers(len(lens) + 3, programs + 5, 1, 1, 16, DEVICE)
     poison(buffers)
     slots = [3 * row + 1 for row in reversed(range(len(lens)))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paged_decode_module, "MIN_ITEM_TOKENS", least)
+        patch.setattr(paged_decode_module, "MIN_PART_TOKENS", least)
         on_device = torch.tensor([slots, lens], dtype=dtype, device=DEVICE)
-        plan_decode(on_device[0], on_device[1], max_items, buffers, tile)
-    chunk = shortest_chunk(lens, max_items, tile, least)
-    expected: list[list[int]] = []
-    for row, (slot, length) in enumerate(zip(slots, lens, strict=True)):
-        starts = range(0, max(length, 1), chunk)
-        first = len(expected)
-        expected += [[row, slot, at, min(at + chunk, length), first, len(starts)] for at in starts]
-    items = buffers.items.tolist()
-    assert len(expected) <= max_items
-    assert [item[:6] for item in items[: len(expected)]] == expected
-    assert [item[0] for item in items[len(expected) : max_items]] == [-1] * (max_items - len(expected))
-    assert items[max_items:] == [[POISON] * 8] * 5
+        plan_decode(on_device[0], on_device[1], programs, buffers, tile, item_tiles)
+
+    # A row for every tile: what a part has of a sequence is a run of equal rows.
+    laid = [row for row, length in enumerate(lens) for _ in range(item_tiles + max(1, -(-length // tile)))]
+    part = max(-(-len(laid) // programs), least // tile, 1)
+    runs = [
+        [(row, len(list(run))) for row, run in itertools.groupby(laid[at : at + part])]
+        for at in range(0, programs * part, part)
+    ]
+    counts = collections.Counter(row for run in runs for row, _ in run)
+    starts, items = buffers.starts.tolist(), buffers.items.tolist()
+    assert starts[: programs + 1] == [0, *itertools.accumulate(map(len, runs))]
+    assert starts[programs + 1 :] == [POISON] * 5
+    total = starts[programs]
+    assert total <= len(lens) + programs - 1
+    assert items[total:] == [[POISON] * 8] * (len(items) - total)
     assert not buffers.arrived.any()
+
+    pieces: list[list[int]] = [[] for _ in lens]
+    first = dict[int, int]()
+    done = [-item_tiles for _ in lens]
+    for i, (item, (row, cost)) in enumerate(zip(items, itertools.chain(*runs), strict=False)):
+        begin, done[row] = max(done[row], 0), done[row] + cost
+        end = min(max(done[row], 0) * tile, lens[row])
+        assert item == [row, slots[row], begin * tile, end, first.setdefault(row, i), counts[row], POISON, POISON]
+        pieces[row] += range(item[2], item[3])
+    assert pieces == [list(range(length)) for length in lens], "every token once, in order"
 
 
 @needs_triton
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    lens=st.lists(st.one_of(st.integers(0, 70), st.integers(0, 1500)), min_size=1, max_size=20),
-    more=st.one_of(st.integers(0, 6), st.integers(0, 150)),
-    tile=st.sampled_from([16, TILE]),
-    least=st.sampled_from([1, TILE, MIN_ITEM_TOKENS]),
+    lens=st.lists(st.one_of(st.just(0), st.integers(0, 70), st.integers(0, 1500)), min_size=1, max_size=20),
+    programs=st.one_of(st.integers(1, 8), st.integers(1, 300)),
+    tile=st.sampled_from([16, 32, 64]),
+    item_tiles=st.sampled_from([0, 1, ITEM_TILES, 5]),
+    least=st.sampled_from([1, 32, MIN_PART_TOKENS]),
 )
-def test_plan_decode(lens: list[int], more: int, tile: int, least: int) -> None:
-    check_plan(lens, len(lens) + more, tile, least)
+def test_plan_decode(lens: list[int], programs: int, tile: int, item_tiles: int, least: int) -> None:
+    check_plan(lens, programs, tile, item_tiles, least)
 
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("lens", "max_items"),
+    ("lens", "programs"),
     [
         ([0], 1),
         ([1], 4096),
         ([100_000], 1),
         ([100_000], 64),
         ([3000] * 300, 1500),
-        ([5] * 257 + [9000], 2 * decode_items(258, 8)),
+        ([5] * 257 + [9000], 528),
         ([0] * 40, 1100),
+        ([0] * 256, 255),
+        ([4096] * 16, 256),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_plan_decode_of_extremes(lens: list[int], max_items: int, dtype: torch.dtype) -> None:
-    check_plan(lens, max_items, dtype=dtype)
+def test_plan_decode_of_extremes(lens: list[int], programs: int, dtype: torch.dtype) -> None:
+    check_plan(lens, programs, dtype=dtype)
 
 
-def test_decode_items_grow_with_the_batch() -> None:
-    """A plan always fits, and buffers for the largest batch hold the items of every smaller one."""
+def test_decode_programs_fill_the_device() -> None:
+    sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count if GPU else paged_decode_module.DEFAULT_SMS
     for kv_heads in (1, 3, 8, 5000):
-        counts = [decode_items(batch, kv_heads) for batch in range(1, 600)]
-        assert counts == sorted(counts)
-        assert all(batch < count for batch, count in enumerate(counts, 1))
-        assert (counts[0] - 1) * kv_heads >= TARGET_PROGRAMS
-    assert decode_items(7, 4, 9) == 7 + 3
+        programs = decode_programs(kv_heads, DEVICE)
+        assert (programs - 1) * kv_heads < sms * PROGRAMS_PER_SM <= programs * kv_heads
+    assert decode_programs(8, torch.device("cpu"), 1) == 17
+
+
+def test_decode_tiles_are_powers_of_2() -> None:
+    """Tiles and blocks divide one another; bfloat16's are of 16 KiB where tokens are not too small or too large for it."""
+    for dim in range(16, 513, 8):
+        assert decode_tile(dim, torch.float32) in (16, 32, 64) and decode_tile(dim, torch.bfloat16) in (16, 32, 64)
+    assert [decode_tile(dim, torch.bfloat16) for dim in (64, 80, 128, 256)] == [64, 64, 64, 32]
 
 
 def prefilled(
@@ -503,22 +583,21 @@ def test_advance(batch: int) -> None:
 @needs_triton
 @each_dtype
 @pytest.mark.parametrize(
-    ("case", "target_programs"),
+    ("case", "programs"),
     [
-        (Case(64, 16, 2, 2, "apart"), 12),
-        (Case(80, 64, 7, 1, "interleaved"), 100),
-        (Case(128, 256, 3, 2, "heads first"), TARGET_PROGRAMS if GPU else 250),
+        (Case(64, 16, 2, 2, "apart"), 2),
+        (Case(80, 64, 7, 1, "interleaved"), 6),
+        (Case(128, 256, 3, 2, "heads first"), 250 if GPU else 40),
     ],
     ids=["few", "some", "many"],
 )
-def test_backends_agree(dtype: torch.dtype, case: Case, target_programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_agree(dtype: torch.dtype, case: Case, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random mixed steps through one backend of each kind, two layers a step."""
-    few = functools.partial(decode_items, target_programs=target_programs)
-    monkeypatch.setattr(triton_backend, "decode_items", few)
+    monkeypatch.setattr(triton_backend, "decode_programs", lambda *_: programs)
     rng = random.Random(str(case))
     heads = case.kv_heads * case.group
     reference: AttentionBackend = TorchBackend(heads, case.kv_heads, case.dim, 60, DEVICE)
-    backend = triton_backend.TritonBackend(heads, case.kv_heads, case.dim, 60, DEVICE)
+    backend = triton_backend.TritonBackend(heads, case.kv_heads, case.dim, 60, DEVICE, dtype)
     for seed, (decodes, chunks) in enumerate([(4, 0), (0, 2), (3, 2), (1, 1)]):
         more = 50 * GPU if decodes > 1 else 0
         decode_lens = sorted((rng.randint(1, 400) for _ in range(decodes + more)), reverse=True)

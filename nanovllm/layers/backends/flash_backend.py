@@ -49,8 +49,9 @@ class FlashBackend(AttentionBackend):
         head_dim: int,
         max_num_seqs: int = 1,
         device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(num_heads, num_kv_heads, head_dim, max_num_seqs, device)
+        super().__init__(num_heads, num_kv_heads, head_dim, max_num_seqs, device, dtype)
         self.version = 3 if find_spec("flash_attn_interface") else 2
         module = import_module("flash_attn_interface" if self.version == 3 else "flash_attn")
         self.with_kvcache: Callable[..., torch.Tensor] = module.flash_attn_with_kvcache

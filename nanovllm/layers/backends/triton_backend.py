@@ -6,7 +6,14 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from nanovllm.kernels.paged_decode import DecodeBuffers, decode_items, make_decode_buffers, paged_decode, plan_decode
+from nanovllm.kernels.paged_decode import (
+    DecodeBuffers,
+    decode_programs,
+    decode_tile,
+    make_decode_buffers,
+    paged_decode,
+    plan_decode,
+)
 from nanovllm.kernels.paged_prefill import paged_prefill, prefill_tiles
 from nanovllm.layers.attention import AttentionBackend, AttentionBatch
 from nanovllm.utils.transfer import to_device
@@ -32,17 +39,18 @@ class TritonBackend(AttentionBackend):
         head_dim: int,
         max_num_seqs: int = 1,
         device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(num_heads, num_kv_heads, head_dim, max_num_seqs, device)
-        most = decode_items(max_num_seqs, num_kv_heads)
-        self.buffers = make_decode_buffers(max_num_seqs, most, num_heads, num_kv_heads, head_dim, self.device)
+        super().__init__(num_heads, num_kv_heads, head_dim, max_num_seqs, device, dtype)
+        self.tile = decode_tile(head_dim, dtype)
+        self.programs = decode_programs(num_kv_heads, self.device)
+        self.buffers = make_decode_buffers(max_num_seqs, self.programs, num_heads, num_kv_heads, head_dim, self.device)
 
     def plan(self, batch: AttentionBatch) -> TritonPlan:
         """See `AttentionBackend.plan`."""
         decodes = len(batch.decode_slots)
         if decodes:
-            items = decode_items(decodes, self.num_kv_heads)
-            plan_decode(batch.decode_slots, batch.decode_lens, items, self.buffers)
+            plan_decode(batch.decode_slots, batch.decode_lens, self.programs, self.buffers, self.tile)
         tiles = None
         if len(batch.chunk_slots):
             chunks = (batch.chunk_slots, batch.chunk_query_lens, batch.chunk_lens)
@@ -60,10 +68,11 @@ class TritonBackend(AttentionBackend):
                 k_cache,
                 v_cache,
                 batch.block_tables,
-                decode_items(decodes, self.num_kv_heads),
+                self.programs,
                 plan.buffers,
                 self.scale,
                 out[:decodes],
+                tile=self.tile,
                 other_kernel_between=True,  # the one that stores the keys
             )
         if plan.tiles is not None:

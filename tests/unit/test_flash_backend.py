@@ -1,0 +1,120 @@
+"""The flash backend hands flash-attn what its documentation asks for: a stand-in with that interface, in torch, gives right answers.
+
+flash-attn itself needs a GPU and is no requirement, so this is all that can be held everywhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanovllm.kernels.paged_attention import context_slots, paged_prefill_torch
+from nanovllm.layers.attention import AttentionBatch
+from nanovllm.layers.backends.torch_backend import TorchBackend
+
+BLOCK_SIZE, KV_HEADS, GROUP, DIM = 16, 2, 3, 32
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, length: int, scale: float
+) -> torch.Tensor:
+    """`q` [C, H, D], the last of `length` tokens in the blocks of `table`."""
+    return paged_prefill_torch(q, k, v, context_slots(table[None], k.shape[1], length)[0], scale)
+
+
+def with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    cache_seqlens: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    block_table: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+) -> torch.Tensor:
+    """`flash_attn_with_kvcache` of versions 2 (block_table) and 3 (page_table, and varlen queries)."""
+    tables = block_table if page_table is None else page_table
+    assert causal and tables is not None and tables.dtype == cache_seqlens.dtype == torch.int32
+    if cu_seqlens_q is None:
+        rows = [attend(q[i], k_cache, v_cache, tables[i], int(n), softmax_scale) for i, n in enumerate(cache_seqlens)]
+        return torch.stack(rows)
+    starts = cu_seqlens_q.tolist()
+    assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+    return torch.cat(
+        [
+            attend(q[starts[i] : starts[i + 1]], k_cache, v_cache, tables[i], int(n), softmax_scale)
+            for i, n in enumerate(cache_seqlens)
+        ]
+    )
+
+
+def varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    block_table: torch.Tensor,
+) -> torch.Tensor:
+    """`flash_attn_varlen_func` of version 2 over a paged cache."""
+    lens = cu_seqlens_k.diff()
+    assert max_seqlen_k == int(lens.max())
+    return with_kvcache(
+        q,
+        k,
+        v,
+        cache_seqlens=lens,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        block_table=block_table,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+    )
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn_interface"])
+@pytest.mark.parametrize(("decodes", "chunks"), [(4, 0), (0, 3), (3, 2)])
+def test_flash_equals_torch(name: str, decodes: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, loader=None)
+    module.flash_attn_with_kvcache, module.flash_attn_varlen_func = with_kvcache, varlen
+    monkeypatch.setitem(sys.modules, name, module)
+    from nanovllm.layers.backends.flash_backend import FlashBackend
+
+    generator = torch.Generator().manual_seed(decodes)
+    lens = sorted(torch.randint(1, 90, (decodes,), generator=generator).tolist(), reverse=True)
+    query_lens = np.array([5, 1, 40][:chunks], dtype=np.int64)
+    chunk_lens = query_lens + np.array([30, 17, 0][:chunks], dtype=np.int64)
+    count = decodes + chunks
+    tables = torch.randperm(8 * 6, generator=generator).view(8, 6).int()
+    slots = torch.randperm(8, generator=generator)[:count]
+    caches = torch.randn(2, 48, BLOCK_SIZE, KV_HEADS, DIM, generator=generator)
+    q = torch.randn(decodes + int(query_lens.sum()), KV_HEADS * GROUP, DIM, generator=generator)
+    batch = AttentionBatch(
+        tables,
+        BLOCK_SIZE,
+        slots[:decodes],
+        torch.tensor(lens, dtype=torch.int64),
+        lens,
+        slots[decodes:].numpy(),
+        query_lens,
+        chunk_lens,
+    )
+    outputs = []
+    for backend in (FlashBackend(KV_HEADS * GROUP, KV_HEADS, DIM), TorchBackend(KV_HEADS * GROUP, KV_HEADS, DIM)):
+        outputs.append(backend.attend(q, caches[0], caches[1], backend.plan(batch)))
+    torch.testing.assert_close(outputs[0], outputs[1])
