@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, UserError
+from nanovllm.engine import scheduler
 from nanovllm.outputs import RequestOutput
 from tests.models import make_model
 
@@ -63,9 +64,12 @@ def test_tokens_equal_those_of_the_cpu(model: Path, expected: list[list[int]], o
     assert tokens(run(model, device="cuda", **options)[0]) == expected
 
 
-def test_tight_pool_and_cached_prefixes(model: Path, expected: list[list[int]]) -> None:
+def test_tight_pool_and_cached_prefixes(
+    model: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Preempted sequences are computed again, and a second batch finds the first one's blocks."""
-    llm = LLM(str(model), dtype="float32", max_model_len=256, kvcache_block_size=16, num_kvcache_blocks=40)
+    monkeypatch.setattr(scheduler, "DECODE_RESERVE_TOKENS", 0)
+    llm = LLM(str(model), dtype="float32", max_model_len=256, kvcache_block_size=16, num_kvcache_blocks=20)
     for _ in range(2):
         assert tokens(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == expected
     stats = llm.stats()
