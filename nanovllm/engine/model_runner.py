@@ -132,7 +132,8 @@ class ModelRunner:
         """
         useful = self.max_num_seqs * -(-self.max_model_len // self.config.kvcache_block_size)
         if self.device.type == "cuda":
-            budget = self.memory.budget() - self._warm_up()
+            graph_bytes = self._warm_up()  # before the budget: what it leaves allocated counts
+            budget = self.memory.budget() - graph_bytes
         else:
             budget = min(_available_host_memory() // 4, MAX_CPU_POOL_BYTES)
         blocks = min(useful, budget // self.block_bytes)

@@ -1,9 +1,10 @@
 """Decode attention over the paged KV cache: one query token a sequence, keys and values read once, at the memory's speed.
 
-The work of a step is cut into items of equal length (flash decoding, Dao et al. 2023): a kernel of one program plans them on the
-device from the live lengths, so no length travels to the host and the same launch serves every step of a CUDA graph. The query
-heads that share a KV head are the rows of one small matrix product. Where a sequence has several items, the program that
-finishes last joins their partial results, so a layer's attention is one launch. Reference: `paged_attention.paged_decode_torch`.
+The contexts of a step, laid end to end, are cut into equal parts, one a program (flash decoding, Dao et al. 2023, and the equal
+split of Stream-K, Osama et al. 2023): a kernel of one program plans them on the device from the live lengths, so no length
+travels to the host and the same launch serves every step of a CUDA graph. The query heads that share a KV head are the rows of
+one small matrix product. Where a sequence lies in several parts, the program that finishes last joins their partial results, so
+a layer's attention is one launch. Reference: `paged_attention.paged_decode_torch`.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def plan_decode(
 
     Args:
         slots: [B] the row of the block tables of each sequence.
+        tile: tokens read at a time, the unit of the cut; item_tiles: what a sequence costs beside its tiles.
     """
     batch = len(context_lens)
     _plan_kernel[(1,)](
