@@ -73,6 +73,10 @@ class AttentionBackend(ABC):
         self.device = device or torch.device("cpu")
         self.dtype = dtype
         self.scale = head_dim**-0.5
+        self.prepare()
+
+    def prepare(self) -> None:  # noqa: B027 - most backends need nothing
+        """Make what a backend keeps beside its shape."""
 
     @abstractmethod
     def plan(self, batch: AttentionBatch) -> Any:

@@ -42,16 +42,8 @@ class FlashBackend(AttentionBackend):
 
     supports_graphs: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        max_num_seqs: int = 1,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(num_heads, num_kv_heads, head_dim, max_num_seqs, device, dtype)
+    def prepare(self) -> None:
+        """Find the version that is installed."""
         self.version = 3 if find_spec("flash_attn_interface") else 2
         module = import_module("flash_attn_interface" if self.version == 3 else "flash_attn")
         self.with_kvcache: Callable[..., torch.Tensor] = module.flash_attn_with_kvcache

@@ -32,19 +32,13 @@ class TritonBackend(AttentionBackend):
 
     supports_graphs: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        max_num_seqs: int = 1,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(num_heads, num_kv_heads, head_dim, max_num_seqs, device, dtype)
-        self.tile = decode_tile(head_dim, dtype)
-        self.programs = decode_programs(num_kv_heads, self.device)
-        self.buffers = make_decode_buffers(max_num_seqs, self.programs, num_heads, num_kv_heads, head_dim, self.device)
+    def prepare(self) -> None:
+        """Buffers for the largest step."""
+        self.tile = decode_tile(self.head_dim, self.dtype)
+        self.programs = decode_programs(self.num_kv_heads, self.device)
+        self.buffers = make_decode_buffers(
+            self.max_num_seqs, self.programs, self.num_heads, self.num_kv_heads, self.head_dim, self.device
+        )
 
     def plan(self, batch: AttentionBatch) -> TritonPlan:
         """See `AttentionBackend.plan`."""
