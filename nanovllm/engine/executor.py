@@ -31,6 +31,18 @@ from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.config import ModelConfig
 from nanovllm.utils.transfer import HostCopy
 
+# What ranks find in their environment unless the user has set it. They share a host and its kernel's sockets, nothing more.
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+RANK_ENVIRONMENT = {
+    # Gloo and NCCL listen on a network interface to find each other, by default one that others can reach.
+    "GLOO_SOCKET_IFNAME": LOOPBACK,
+    "NCCL_SOCKET_IFNAME": LOOPBACK,
+    # NVLink multicast is of no use to one-shot sums, and sets up the switch between the GPUs, which other jobs of a shared host
+    # depend on; some machines offer it and then fail. "0" and "1" the other way round turn it on for NCCL and torch.
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+}
+
 
 class RankSetup(NamedTuple):
     """First message to a rank: all it needs to join the others and build its shard."""
@@ -188,9 +200,8 @@ class MultiprocExecutor(Executor):
 
     def _start_rank(self) -> None:
         ours, theirs = socket.socketpair()
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in [os.getcwd(), *sys.path] if path))
-        # Gloo listens on the interface its host name resolves to; ranks share a host, so loopback is enough.
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        environment = {**RANK_ENVIRONMENT, **os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in [os.getcwd(), *sys.path] if path)
         command = [sys.executable, "-m", "nanovllm.engine.rank_worker", str(theirs.fileno())]
         self.processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment))
         theirs.close()

@@ -46,7 +46,8 @@ def gather_decode(
     return out
 
 
-@triton.jit(do_not_specialize=["batch"])
+# Slots and lengths may be slices of one array at any address: no kernel is compiled twice for that.
+@triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=["slots"])
 def _gather_kernel(
     slots,
     tokens,
@@ -113,7 +114,7 @@ def advance(
     )
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["slots", "context_lens"])
 def _advance_kernel(
     keys, slots, context_lens, tokens, positions, steps, out, count, LEAST: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -21,8 +21,20 @@ def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
 def add_rms_norm_torch(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x` [..., H] plus `residual` [..., H] (where there is one) -> the sum's norm and the sum, [..., H] each."""
-    total = x if residual is None else x + residual
+    """Add a block's output to the residual, and norm the sum.
+
+    Args:
+        x: [..., H], or its S partial sums [S, ..., H] in float32; residual: [..., H], None for none (then `x` is whole).
+        weight: [H] of the norm, in the model's type.
+
+    Returns:
+        The sum's norm and the sum, [..., H] each.
+    """
+    if residual is None:
+        return rms_norm_torch(x, weight, eps), x
+    if x.dim() > residual.dim():
+        x = x.sum(0).to(residual.dtype)
+    total = x + residual
     return rms_norm_torch(total, weight, eps), total
 
 
@@ -31,45 +43,50 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `add_rms_norm_torch`. The sum is a fresh tensor, or `x` itself where there is no residual."""
     size = x.shape[-1]
-    rows = x.reshape(-1, size)
-    others = rows if residual is None else residual.reshape(-1, size)
-    assert rows.stride(1) == 1 and others.stride(1) == 1 and weight.is_contiguous()
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    whole = x if residual is None else residual
+    splits = 1 if x.dim() == whole.dim() else len(x)
+    rows, others = x.reshape(splits, -1, size), whole.reshape(-1, size)
+    assert rows.stride(2) == 1 and others.stride(1) == 1 and weight.is_contiguous()
+    normed = torch.empty(whole.shape, dtype=whole.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(normed)
     block = triton.next_power_of_2(size)
     pdl = use_pdl(x)
-    _add_rms_norm_kernel[(len(rows),)](
+    _add_rms_norm_kernel[(len(others),)](
         rows,
         others,
         weight,
         normed,
         total,
         rows.stride(0),
+        rows.stride(1),
         others.stride(0),
         size,
         eps,
         ADD=residual is not None,
+        SPLITS=splits,
         BLOCK=block,
         PDL=pdl,
         launch_pdl=pdl,
-        # Eight elements a thread: 16 bytes of a 16-bit type, the widest load.
-        num_warps=min(max(block // 256, 1), 16),
+        # Four elements a thread: a row is short, so its latency counts, not the width of a load.
+        num_warps=min(max(block // 128, 1), 16),
     )
     return normed, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_split"])
 def _add_rms_norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
     normed_ptr,
     total_ptr,
+    stride_split,
     stride_x,
     stride_residual,
     size,
     eps,
     ADD: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -80,9 +97,12 @@ def _add_rms_norm_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    x = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0)
-    dtype = x.dtype
-    x = x.to(tl.float32)
+    x_ptr += row * stride_x
+    x = tl.load(x_ptr + column, mask=inside, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        x += tl.load(x_ptr + split * stride_split + column, mask=inside, other=0.0)
+    dtype = normed_ptr.dtype.element_ty
+    x = x.to(dtype).to(tl.float32)
     if ADD:
         residual = tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0)
         total = (x + residual.to(tl.float32)).to(dtype)

@@ -109,7 +109,7 @@ def qk_norm_rope_store(
     return q
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slot_mapping"])
 def _qk_norm_rope_store_kernel(
     qkv_ptr,
     positions,
@@ -141,34 +141,34 @@ def _qk_norm_rope_store_kernel(
     Q_PROGRAMS: tl.constexpr = (NUM_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     KV_PROGRAMS: tl.constexpr = (NUM_KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     HALF: tl.constexpr = HEAD_DIM // 2
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     # Programs of one token: its query heads, then its key heads, then its value heads.
     program = tl.program_id(1)
     dim = tl.arange(0, BLOCK_HALF)[None, :]
+    # Made before the step's first layer: ready while the projection still runs.
+    angle = tl.load(positions + token).to(tl.int64) * stride_cos + dim
+    cos = tl.load(cos_ptr + angle, mask=dim < HALF, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angle, mask=dim < HALF, other=0.0).to(tl.float32)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = qkv_ptr + token * stride_qkv
     if program < Q_PROGRAMS:
         head = (program * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
         mask = (head < NUM_HEADS) & (dim < HALF)
-        low, high = _norm_rope(
-            row + head * HEAD_DIM + dim, mask, positions + token, cos_ptr, sin_ptr, stride_cos, q_weight, eps, dim, HALF
-        )
+        low, high = _norm_rope(row + head * HEAD_DIM + dim, mask, cos, sin, q_weight, eps, dim, HALF)
         out = q_ptr + token * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + dim
         tl.store(out, low, mask=mask)
         tl.store(out + HALF, high, mask=mask)
     else:
-        slot = tl.load(slot_mapping + token).to(tl.int64)
         if slot >= 0:
             block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
             if program < Q_PROGRAMS + KV_PROGRAMS:
                 head = ((program - Q_PROGRAMS) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
                 mask = (head < NUM_KV_HEADS) & (dim < HALF)
                 source = row + (NUM_HEADS + head) * HEAD_DIM + dim
-                low, high = _norm_rope(
-                    source, mask, positions + token, cos_ptr, sin_ptr, stride_cos, k_weight, eps, dim, HALF
-                )
+                low, high = _norm_rope(source, mask, cos, sin, k_weight, eps, dim, HALF)
                 out = k_cache + block * k_stride_block + offset * k_stride_token
                 out += head.to(tl.int64) * k_stride_head + dim
                 tl.store(out, low, mask=mask)
@@ -184,14 +184,11 @@ def _qk_norm_rope_store_kernel(
 
 
 @triton.jit
-def _norm_rope(source, mask, position_ptr, cos_ptr, sin_ptr, stride_cos, weight_ptr, eps, dim, HALF: tl.constexpr):
+def _norm_rope(source, mask, cos, sin, weight_ptr, eps, dim, HALF: tl.constexpr):
     """The two halves of each head at `source`, normed (where there is a weight) and rotated."""
     low = tl.load(source, mask=mask, other=0.0)
     high = tl.load(source + HALF, mask=mask, other=0.0)
     dtype = low.dtype
-    angle = tl.load(position_ptr).to(tl.int64) * stride_cos + dim
-    cos = tl.load(cos_ptr + angle, mask=dim < HALF, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + angle, mask=dim < HALF, other=0.0).to(tl.float32)
     low = low.to(tl.float32)
     high = high.to(tl.float32)
     if weight_ptr is not None:

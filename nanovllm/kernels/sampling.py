@@ -51,7 +51,7 @@ def sample_keys_torch(
     temperature = temperatures[rows].unsqueeze(1)
     greedy = temperature == 0
     # So low that it is greedy already; a lower one would overflow to several infinities.
-    scores = logits[:, :columns].float() / torch.where(greedy, 1.0, temperature.clamp(min=1e-20))
+    scores = logits[:, :columns].float() * torch.where(greedy, 1.0, temperature.clamp(min=1e-20)).reciprocal()
     sampled = (~greedy.squeeze(1)).nonzero().squeeze(1)
     if len(sampled):
         scores[sampled] += gumbel_noise(seeds[rows[sampled]], steps[rows[sampled]], columns, vocab_start)
@@ -96,6 +96,7 @@ def sample_keys(
         columns,
         split_columns,
         BLOCK=BLOCK,
+        CUDA=logits.is_cuda,
         PDL=pdl,
         launch_pdl=pdl,
         num_warps=8,
@@ -124,7 +125,8 @@ def gumbel_noise(seeds: torch.Tensor, steps: torch.Tensor, columns: int, vocab_s
     bits = _mix(key.unsqueeze(1) ^ ids)
     # 23 random bits, centred in their interval: exact in float32 and never 0 or 1, so both logarithms are finite.
     uniform = ((bits >> 9) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
-    return uniform.log_().neg_().log_().neg_()
+    # -log(1 - u) is as good as -log(u), and exact where it is small: that is where winners come from.
+    return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -159,14 +161,28 @@ def _noise_key(seed, step):
 
 
 @triton.jit
-def _gumbel(noise_key, ids):
-    """`gumbel_noise` of a sequence with `noise_key` at vocabulary `ids`."""
-    bits = _mix_kernel(noise_key ^ _mix_kernel((ids + 1).to(tl.uint32)))
-    uniform = ((bits >> 9).to(tl.float32) + 0.5) * (2.0**-23)
-    return -tl.log(-tl.log(uniform))
+def _log2(x, CUDA: tl.constexpr):
+    """Base-2 logarithm of normal numbers; on CUDA one instruction, within 2**-22 near 1 and relatively elsewhere."""
+    if CUDA:
+        return tl.extra.cuda.libdevice.fast_log2f(x)
+    else:  # noqa: RET505 - only one branch is compiled
+        return tl.log2(x)
 
 
 @triton.jit
+def _gumbel(noise_key, ids, CUDA: tl.constexpr):
+    """`gumbel_noise` of a sequence with `noise_key` at vocabulary `ids`, within 4e-6: there are many of them, so a logarithm is one
+    instruction where that is good enough."""
+    bits = _mix_kernel(noise_key ^ _mix_kernel((ids + 1).to(tl.uint32)))
+    # The bits as the fraction of a number from 1 to 2, which is then moved down: exact.
+    u = ((bits >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - (1 - 2.0**-24)
+    # -log(1 - u): the series where u is so small that 1 - u has lost it.
+    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u * (1 / 5 + u * (1 / 6))))))
+    exponential = tl.where(u < 1 / 16, series, -0.6931471805599453 * _log2(1 - u, CUDA))
+    return -0.6931471805599453 * _log2(exponential, CUDA)
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _sample_kernel(
     logits_ptr,
     rows,
@@ -179,6 +195,7 @@ def _sample_kernel(
     columns,
     split_columns,
     BLOCK: tl.constexpr,
+    CUDA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -188,10 +205,11 @@ def _sample_kernel(
     row = tl.load(rows + i)
     temperature = tl.load(temperatures + row)
     noise_key = _noise_key(tl.load(seeds + row), tl.load(steps + row))
-    divisor = tl.maximum(temperature, 1e-20)
+    # Rounded as the reference's, so that both scale scores alike.
+    scale = tl.div_rn(1.0, tl.maximum(temperature, 1e-20))
 
-    # Each lane keeps the best of its own columns; a later one must be better to replace it.
-    best = tl.full((BLOCK,), -(2**31), tl.int32)
+    # Each lane keeps the best of its own columns; a later one must be better to replace it, and NaN is the largest.
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
     best_id = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
     start = tl.program_id(1) * split_columns
     for base in range(start, tl.minimum(start + split_columns, columns), BLOCK):
@@ -200,12 +218,13 @@ def _sample_kernel(
         score = tl.load(logits_ptr + i * stride_logits + column, mask=inside, other=0.0).to(tl.float32)
         ids = vocab_start + column
         if temperature != 0:
-            # The reference's own division: the approximate one would move scores by an ulp or two.
-            score = tl.div_rn(score, divisor) + _gumbel(noise_key, ids)
-        raw = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
-        order = tl.where(score != score, 0x7FFFFFFF, raw ^ ((raw >> 31) & 0x7FFFFFFF))
-        better = inside & (order > best)
-        best = tl.where(better, order, best)
+            score = score * scale + _gumbel(noise_key, ids, CUDA)
+        better = inside & ((score > best) | (score != score) | (best_id == 0x7FFFFFFF)) & (best == best)
+        best = tl.where(better, score, best)
         best_id = tl.where(better, ids, best_id)
-    key = (best.to(tl.int64) << 32) | (0x7FFFFFFF - best_id).to(tl.int64)
+    raw = tl.where(best == 0, 0.0, best).to(tl.int32, bitcast=True)
+    order = tl.where(best != best, 0x7FFFFFFF, raw ^ ((raw >> 31) & 0x7FFFFFFF))
+    # A lane without columns is below all that have one.
+    order = tl.where(best_id == 0x7FFFFFFF, -(2**31), order)
+    key = (order.to(tl.int64) << 32) | (0x7FFFFFFF - best_id).to(tl.int64)
     tl.atomic_max(keys + i, tl.max(key, axis=0), sem="relaxed")

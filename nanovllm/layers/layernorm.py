@@ -1,4 +1,4 @@
-"""RMSNorm, alone or joined with the residual addition before it."""
+"""RMSNorm, alone or joined with what comes before it in a layer: the ranks' sum and the residual addition."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from torch import nn
 
 from nanovllm.kernels.layernorm import add_rms_norm, add_rms_norm_torch
 from nanovllm.kernels.triton_compat import use_triton
+from nanovllm.layers.parallel import TensorParallel
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square layer norm over the last dimension, computed in float32 (Zhang and Sennrich 2019)."""
+    """Root-mean-square layer norm over the last dimension, computed in float32 (Zhang and Sennrich 2019).
 
-    def __init__(self, size: int, eps: float) -> None:
+    Args:
+        size: of the last dimension; tp: the ranks whose partial sums `add_norm` is given.
+    """
+
+    def __init__(self, size: int, eps: float, tp: TensorParallel | None = None) -> None:
         super().__init__()
         self.eps = eps
+        self.tp = tp or TensorParallel()
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -22,6 +28,13 @@ class RMSNorm(nn.Module):
         return self.add_norm(x, None)[0]
 
     def add_norm(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add `residual` (where there is one) to `x`; return the sum's norm and the sum, both shaped as `x`."""
+        """Add a block's output to the residual; the sum's norm and the sum, [T, size] each.
+
+        Args:
+            x: what `RowParallelLinear` returns, partial sums of [T, size]; without a residual [..., size] itself.
+            residual: [T, size]; None for none.
+        """
+        if residual is not None and self.tp.size > 1:
+            return self.tp.all_reduce_add_norm(x, residual, self.weight, self.eps)
         kernel = add_rms_norm if use_triton(x) else add_rms_norm_torch
         return kernel(x, residual, self.weight, self.eps)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nanovllm.kernels.skinny_linear import choose_tiles, skinny_linear
+from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.parallel import TensorParallel
 
 
@@ -38,7 +40,21 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] -> [T, sum of this rank's rows]."""
+        tiles = choose_tiles(x, self.weight)
+        if tiles is not None:
+            return skinny_linear(x, self.weight, tiles, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+
+class GatedColumnParallelLinear(ColumnParallelLinear):
+    """SwiGLU's two projections and their product, `silu(x G^T) * (x U^T)`; `parts` are the gate and up, in that order."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in_features] -> [T, this rank's rows of one part]."""
+        tiles = choose_tiles(x, self.weight, gated=True)
+        if tiles is not None:
+            return skinny_linear(x, self.weight, tiles, self.bias, gated=True)
+        return silu_and_mul(F.linear(x, self.weight, self.bias))
 
 
 def qkv_parallel_linear(
@@ -53,11 +69,18 @@ def qkv_parallel_linear(
 
 
 class RowParallelLinear(nn.Module):
-    """`y = x W^T + b`, input features sharded; the ranks' partial sums are added, the bias once (on rank 0)."""
+    """`y = x W^T + b`, input features sharded: each rank has partial sums of `y`, and rank 0's hold the bias.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallel) -> None:
+    Nothing is added up here: `RMSNorm.add_norm`, which comes next, does it along with the residual.
+
+    Args:
+        slot: where in the ranks' common memory the sums go, see `TensorParallel.partial_buffer`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallel, slot: int) -> None:
         super().__init__()
         self.tp = tp
+        self.slot = slot
         self.weight = _parameter(self.load, out_features, tp.shard(in_features))
         self.bias = _parameter(self.load, out_features) if bias else None
 
@@ -69,8 +92,16 @@ class RowParallelLinear(nn.Module):
         param.data.copy_(tensor)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, in_features / size] -> [T, out_features], summed over ranks."""
-        return self.tp.all_reduce(F.linear(x, self.weight, self.bias if self.tp.rank == 0 else None))
+        """[T, in_features / size] -> this rank's partial sums [T, out_features], or [S, T, out_features] in float32."""
+        bias = self.bias if self.tp.rank == 0 else None
+        if self.tp.size == 1:
+            tiles = choose_tiles(x, self.weight, partial=True)
+            return F.linear(x, self.weight, bias) if tiles is None else skinny_linear(x, self.weight, tiles, bias)
+        out = self.tp.partial_buffer(self.slot, len(x), len(self.weight), x.dtype)
+        if out is None:
+            return F.linear(x, self.weight, bias)
+        weight = self.weight.t()
+        return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
 
 
 def _parameter(loader: object, *shape: int) -> nn.Parameter:

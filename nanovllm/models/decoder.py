@@ -13,11 +13,10 @@ from torch import nn
 
 from nanovllm.kernels.qk_norm_rope import qk_norm_rope_store, qk_norm_rope_store_torch
 from nanovllm.kernels.triton_compat import use_triton
-from nanovllm.layers.activation import silu_and_mul
 from nanovllm.layers.attention import Attention, AttentionBackend
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear, qkv_parallel_linear
+from nanovllm.layers.linear import GatedColumnParallelLinear, RowParallelLinear, qkv_parallel_linear
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.config import ModelConfig
@@ -42,7 +41,7 @@ class SelfAttention(nn.Module):
         self.qkv_proj = qkv_parallel_linear(
             config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, qkv_bias, tp
         )
-        self.o_proj = RowParallelLinear(config.num_heads * config.head_dim, config.hidden_size, output_bias, tp)
+        self.o_proj = RowParallelLinear(config.num_heads * config.head_dim, config.hidden_size, output_bias, tp, slot=0)
         self.norm_eps = config.rms_norm_eps
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else None
@@ -76,12 +75,12 @@ class MLP(nn.Module):
         super().__init__()
         rows = tp.shard(config.intermediate_size)
         parts = {"gate": (rows, tp.rank), "up": (rows, tp.rank)}
-        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, config.mlp_bias)
-        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, config.mlp_bias, tp)
+        self.gate_up_proj = GatedColumnParallelLinear(config.hidden_size, parts, config.mlp_bias)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, config.mlp_bias, tp, slot=1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]."""
-        out: torch.Tensor = self.down_proj(silu_and_mul(self.gate_up_proj(hidden)))
+        out: torch.Tensor = self.down_proj(self.gate_up_proj(hidden))
         return out
 
 
@@ -92,13 +91,13 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = attention
         self.mlp = MLP(config, tp)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, context: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states and residual, [T, H] each, after this layer."""
+        """Hidden states, as the feed-forward block's partial sums, and residual [T, H] after this layer."""
         hidden, residual = self.input_layernorm.add_norm(hidden, residual)
         hidden = self.self_attn(positions, hidden, context)
         hidden, residual = self.post_attention_layernorm.add_norm(hidden, residual)
@@ -112,7 +111,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         self.layers = nn.ModuleList(DecoderLayer(config, attention, tp) for attention in attentions)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """[T] token ids and positions -> [T, H]."""
