@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from nanovllm.kernels import activation, layernorm, paged_decode, paged_prefill, qk_norm_rope, sampling
+from nanovllm.kernels import activation, layernorm, paged_decode, paged_prefill, qk_norm_rope, sampling, skinny_linear
 from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch
 
 try:  # the FlashAttention-3 of vLLM, without vLLM
@@ -388,10 +388,60 @@ def small_section(block_size: int) -> list[Row]:
     return rows
 
 
+def layer_section(block_size: int) -> list[Row]:
+    """What a decode step of Qwen3-0.6B's shape does in a layer beside attention: with our products and with cuBLAS."""
+    layers, hidden, inter, heads, kv_heads, dim = 28, 1024, 3072, 16, 8, 128
+    shapes = {
+        "qkv": ((heads + 2 * kv_heads) * dim, hidden), "o": (hidden, heads * dim),
+        "gate_up": (2 * inter, hidden), "down": (hidden, inter),
+    }  # fmt: skip
+    weights = {name: torch.randn(layers, *shape, device=DEVICE, dtype=DTYPE) * 0.03 for name, shape in shapes.items()}
+    norm, head_norm = torch.ones(hidden, device=DEVICE, dtype=DTYPE), torch.ones(dim, device=DEVICE, dtype=DTYPE)
+    cos, sin = (torch.rand(4096, dim, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    rows: list[Row] = []
+    for batch in (1, 16, 64, 128, 256):
+        x, residual = (torch.randn(batch, hidden, device=DEVICE, dtype=DTYPE) for _ in range(2))
+        positions = torch.arange(batch, device=DEVICE)
+        caches = torch.zeros(2, -(-batch // block_size), block_size, kv_heads, dim, device=DEVICE, dtype=DTYPE)
+        state = [x, residual]
+
+        def product(
+            name: str, x: torch.Tensor, layer: int, ours: bool, gated: bool = False, partial: bool = False
+        ) -> torch.Tensor:
+            weight = weights[name][layer]
+            tiles = skinny_linear.choose_tiles(x, weight, gated=gated, partial=partial) if ours else None
+            if tiles is not None:
+                return skinny_linear.skinny_linear(x, weight, tiles, gated=gated)
+            y = F.linear(x, weight)
+            return activation.silu_and_mul(y) if gated else y
+
+        def run(layer: int, ours: bool) -> None:
+            hidden, state[1] = layernorm.add_rms_norm(state[0], state[1], norm, 1e-6)
+            q = qk_norm_rope.qk_norm_rope_store(
+                product("qkv", hidden, layer, ours), positions, cos, sin, head_norm, head_norm, 1e-6, *caches, positions
+            )
+            out = product("o", q.flatten(1), layer, ours, partial=True)
+            hidden, state[1] = layernorm.add_rms_norm(out, state[1], norm, 1e-6)
+            state[0] = product("down", product("gate_up", hidden, layer, ours, gated=True), layer, ours, partial=True)
+
+        row: Row = {"layer": "without attention", "batch": batch}
+        ends = []
+        for name, ours in (("cublas_us", False), ("us", True)):
+            state[:] = x, residual
+            row[name] = round(layer_us([partial(run, layer, ours) for layer in range(layers)]), 2)
+            state[:] = x, residual
+            for layer in range(layers):
+                run(layer, ours)
+            ends.append(state[1])
+        rows.append(row | {"difference": difference(ends[1], ends[0])})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def gpu_result(sections: list[str] | None, block_size: int) -> dict[str, Any]:
     """All `sections` (None: every one) as rows."""
     torch.manual_seed(0)
-    wanted = sections or ["decode", "contexts", "prefill", "small"]
+    wanted = sections or ["decode", "contexts", "prefill", "small", "layer"]
     result: dict[str, Any] = {"block_size": block_size}
     if "decode" in wanted:
         result["decode"] = decode_section(block_size)
@@ -401,4 +451,6 @@ def gpu_result(sections: list[str] | None, block_size: int) -> dict[str, Any]:
         result["prefill"] = prefill_section(block_size)
     if "small" in wanted:
         result["small"] = small_section(block_size)
+    if "layer" in wanted:
+        result["layer"] = layer_section(block_size)
     return result

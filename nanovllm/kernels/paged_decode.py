@@ -22,7 +22,9 @@ NUM_WARPS = 4
 PROGRAMS_PER_SM = 2
 DEFAULT_SMS = 132
 # Joining partial results costs more than shorter parts gain.
-MIN_PART_TOKENS = 128
+MIN_PART_TOKENS = 256
+# Values of partial results that a program joins at a time: half of it doubles what a single long sequence waits for its join.
+MERGE_VALUES = 8192
 # What a program loses between two sequences, in tiles.
 ITEM_TILES = 2
 
@@ -104,7 +106,7 @@ def plan_decode(
     )
 
 
-@triton.jit(do_not_specialize=["batch", "programs"])
+@triton.jit(do_not_specialize=["batch", "programs"], do_not_specialize_on_alignment=["slots"])
 def _plan_kernel(
     slots,
     context_lens,
@@ -200,7 +202,7 @@ def paged_decode(
         BLOCK_SIZE=block_size,
         TILE=tile,
         MERGE_G=merge_g,
-        MERGE_J=max(2, 4096 // (merge_g * block_d)),
+        MERGE_J=max(2, MERGE_VALUES // (merge_g * block_d)),
         STAGES=num_stages,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         PDL=pdl,

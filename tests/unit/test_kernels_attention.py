@@ -264,11 +264,11 @@ def test_paged_decode_by_every_number_of_programs(group: int, item_tiles: int, m
 @pytest.mark.parametrize(
     ("lens", "programs", "most_items", "most_parts"),
     [
-        ([700 * (1 + 20 * GPU)], 5, 1, 5),
-        ([1000 + 9000 * GPU], 90, 1, 79 if GPU else 9),
+        ([1400 * (1 + 10 * GPU)], 5, 1, 5),
+        ([1000 + 9000 * GPU], 90, 1, 40 if GPU else 5),
         ([0, 300, 5, 0, 64, 1, 200, 31, 0], 1, 9, 1),
         ([1, 2, 0, 40, 3, 1500, 4, 5, 0, 6, 7, 8], 4, 7, 4),
-        ([0] * 12, 40, 2, 2),
+        ([0] * 12, 40, 4, 2),
     ],
 )
 def test_paged_decode_as_the_engine_plans(lens: list[int], programs: int, most_items: int, most_parts: int) -> None:
