@@ -70,12 +70,20 @@ class ModelRunner:
     Args:
         config: the engine's options; model_config: the model's shapes; max_model_len: longest sequence.
         tp: this rank and its process group.
+        memory: what the engine may take of the GPU, where that was noted before the ranks met; None: from now on.
 
     Raises:
         UserError: no such device or attention backend here.
     """
 
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, max_model_len: int, tp: TensorParallel) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        max_model_len: int,
+        tp: TensorParallel,
+        memory: GpuMemory | None = None,
+    ) -> None:
         self.config = config
         self.model_config = model_config
         self.max_model_len = max_model_len
@@ -87,7 +95,7 @@ class ModelRunner:
         self.num_kv_heads = max(1, model_config.num_kv_heads // tp.size)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            self.memory = GpuMemory(self.device, config.gpu_memory_utilization)
+            self.memory = memory or GpuMemory(self.device, config.gpu_memory_utilization)
         self.backend = backend_class(
             tp.shard(model_config.num_heads),
             self.num_kv_heads,

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from nanovllm.engine.executor import RankReply, RankSetup
-from nanovllm.engine.model_runner import ModelRunner, resolve_device
+from nanovllm.engine.model_runner import GpuMemory, ModelRunner, resolve_device
 from nanovllm.errors import UserError
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.utils.transfer import HostCopy
@@ -49,8 +49,10 @@ def build_runner(setup: RankSetup) -> ModelRunner:
     """Join the process group and load this rank's shard."""
     torch.set_num_threads(setup.num_threads)
     device = resolve_device(setup.config, setup.rank)
+    # Before the ranks meet: what NCCL and the ranks' common memory take is the engine's.
+    memory = GpuMemory(device, setup.config.gpu_memory_utilization) if device.type == "cuda" else None
     tp = join_ranks(setup.rank, setup.config.tensor_parallel_size, device, setup.rendezvous)
-    return ModelRunner(setup.config, setup.model_config, setup.max_model_len, tp)
+    return ModelRunner(setup.config, setup.model_config, setup.max_model_len, tp, memory)
 
 
 def leave_with_engine(descriptor: int, rendezvous: str) -> None:
