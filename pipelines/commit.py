@@ -7,6 +7,7 @@ Workers journal and commit through `OutputDirectory`; the driver creates it, ask
     OUT/_run/                    job.json, plan.parquet, config.yaml, report.json, report.html
     OUT/_run/journal/<shard>/    finished rows of shards in flight, one file an attempt
     OUT/_run/ledger/             what each committed shard counted, one file a driver
+    OUT/_run/lease-*.json        who writes here; see `lease`
     OUT/_run/tmp/                files on their way to their name
 """
 
@@ -175,8 +176,17 @@ def retrying(write: Callable[[], T], retries: int, sleep: Callable[[float], None
         try:
             return write()
         except OSError:
-            sleep(min(30.0, 2.0**attempt))
+            sleep(_pause_s(attempt))
     return write()
+
+
+def backoff_s(retries: int) -> float:
+    """For how long `retrying` waits in all."""
+    return sum(map(_pause_s, range(retries)))
+
+
+def _pause_s(attempt: int) -> float:
+    return min(30.0, 2.0**attempt)
 
 
 class OutputDirectory:
@@ -254,8 +264,10 @@ class OutputDirectory:
         """Whether an earlier start finished the job."""
         return exists(self.place.child("_SUCCESS"))
 
-    def finish(self, shards: Sequence[Shard]) -> None:
+    def finish(self, shards: Sequence[Shard], confirm: Callable[[], object] = lambda: None) -> None:
         """Check that every planned shard has a file with its number of rows, mark success, and tidy up.
+
+        `confirm` is called between the check, which takes a while, and the mark, and raises where the mark is not due.
 
         Raises:
             OSError: a file is missing, unreadable or has another number of rows; nothing is marked.
@@ -268,6 +280,7 @@ class OutputDirectory:
             for shard, right in zip(shards, pool.map(rows_are, shards), strict=True):
                 if not right:
                     raise OSError(f"{self.part(shard.index).path} does not hold the {shard.rows} rows planned for it")
+        confirm()
         summary = {"rows": sum(shard.rows for shard in shards), "files": len(shards)}
         put(self.place.child("_SUCCESS"), json.dumps(summary).encode() + b"\n", self._scratch)
         delete_tree(self.run.child("journal"))

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if __name__ == "__main__":  # run as a script: the repository is the root of imports, not its pipelines/ folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -28,15 +26,17 @@ import pyarrow as pa
 
 from cluster.placement import Placement, local_gpus, place
 from nanovllm import UserError
-from pipelines.commit import JobFile, OutputDirectory, RecordLog, output_schema, read_records
+from pipelines.commit import JobFile, OutputDirectory, RecordLog, backoff_s, output_schema, read_records, retrying
 from pipelines.counts import COUNTED, Counts, count_rows
 from pipelines.inputs import Dataset, list_dataset, measure, read_rows
 from pipelines.job import Command, JobConfig, load
+from pipelines.lease import Lease, LeaseLost
 from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
 from pipelines.prompts import RowError, check_column, render
 from pipelines.report import build_report, to_html, to_json
 from pipelines.rows import check_names
+from pipelines.stop import GO_ON, Stopped, StopSignals
 from pipelines.storage import exists, resolve
 
 if TYPE_CHECKING:
@@ -45,16 +45,14 @@ if TYPE_CHECKING:
     from pipelines.worker import ShardResult
 
 REPOSITORY = str(Path(__file__).resolve().parent.parent)
-STOP_S = 10.0  # how long a stopped job waits for its workers to flush
+FLUSH_S = 4.0  # how long a stopped job waits for its workers to flush
+FAILED = 1
+REFUSED = 2
 INIT_RETRIES = 2
 
 
 class JobFailed(Exception):
     """The job ran and did not finish; the message is one line."""
-
-
-class Stopped(BaseException):
-    """SIGTERM or Ctrl-C. Not an `Exception`, so that nothing on the way swallows it."""
 
 
 class Job(NamedTuple):
@@ -78,13 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(command)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except (JobFailed, OSError) as error:
+        return REFUSED
+    except (JobFailed, LeaseLost, OSError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
-        return 1
+        return FAILED
     except (Stopped, KeyboardInterrupt):
-        print("error: stopped; start the same command again to go on", file=sys.stderr)
-        return 1
+        print(f"error: stopped; {GO_ON}", file=sys.stderr)
+        return FAILED
 
 
 def _run(command: Command) -> int:
@@ -99,13 +97,17 @@ def _run(command: Command) -> int:
         _show_plan(job)
         return 0
     if job.owner is not None and output.succeeded():
-        print(f"already finished: {sum(shard.rows for shard in job.shards):,} rows in {config.output}; nothing to do")
+        _say_finished(job)
     else:
         _check_model(config)
         run_job(job, output)
     if command.demo:
         _show_demo(output, config, job.shards)
     return 0
+
+
+def _say_finished(job: Job) -> None:
+    print(f"already finished: {sum(shard.rows for shard in job.shards):,} rows in {job.config.output}; nothing to do")
 
 
 # Checks: all that can be refused is refused here
@@ -195,36 +197,73 @@ def _show_plan(job: Job) -> None:
 
 
 def run_job(job: Job, output: OutputDirectory) -> None:
-    """Do the shards that are left, check the result, and write report and `_SUCCESS`.
+    """Do the shards that are left, check the result, and write report and `_SUCCESS`, as the only start that does.
 
     Raises:
-        UserError: the cluster lacks what the job asks for, or the output cannot be written.
+        UserError: another start runs, the cluster lacks what the job asks for, or the output cannot be written.
         JobFailed: some shard or the whole job failed. What is committed stays; a new start does the rest.
+        LeaseLost: another start took over, since this one was suspended or cut off.
+        Stopped: SIGTERM or Ctrl-C; workers have flushed their journals.
     """
+    if _ray_address() == "local" and _pending(job, output):
+        _place(
+            job.config, local_gpus()
+        )  # the cluster is this machine: what it lacks is refused before a file is written
+    run = job.config.run
+    with StopSignals(FAILED) as stop:
+        lease = Lease(output.run, job.config.output, run.lease_s, backoff_s(run.write_retries), stop.interrupt)
+        stop.at_the_end = lease.release
+        try:
+            lease.acquire()
+            for claim in lease.superseded:
+                print(f"taking over from {claim}, which died without releasing the output", flush=True)
+            _run_alone(_look_again(job, output), output, lease, stop)
+        finally:
+            stop.finish()
+            lease.release()
+
+
+def _look_again(job: Job, output: OutputDirectory) -> Job:
+    """The job as it is now that no other start changes it: one may have begun it since it was checked, and ended."""
+    owner = output.job()
+    if (owner and owner.token) == (job.owner and job.owner.token):
+        return job
+    return check(job.config, output)
+
+
+def _pending(job: Job, output: OutputDirectory) -> list[Shard]:
     committed = output.committed() if job.owner is not None else set()
-    pending = [shard for shard in job.shards if shard.index not in committed]
+    return [shard for shard in job.shards if shard.index not in committed]
+
+
+def _run_alone(job: Job, output: OutputDirectory, lease: Lease, stop: StopSignals) -> None:
+    """`run_job` under the lease."""
+    if job.owner is not None and output.succeeded():
+        _say_finished(job)
+        return
+    pending = _pending(job, output)
     total_rows = sum(shard.rows for shard in job.shards)
     resumed_rows = total_rows - sum(shard.rows for shard in pending)
     progress = Progress(total_rows, resumed_rows, job.config.run.progress_s)
     if not pending:
-        Run(job, output, None, None, progress).finish(resumed_rows, total_rows)
+        Run(job, output, lease, job.owner, None, progress).finish(resumed_rows, total_rows)
         return
-    if _ray_address() == "local":  # the cluster is this machine: what it lacks is refused before it starts
-        _place(job.config, local_gpus())
-        owner = _take_possession(job, output, pending)
-    with _ray():
+    if _ray_address() == "local":
+        owner = _take_possession(job, output, lease, pending)
+    with _ray(stop):
         placement = _place_on_cluster(job.config)
         if _ray_address() != "local":
-            owner = _take_possession(job, output, pending)
+            owner = _take_possession(job, output, lease, pending)
         if resumed_rows:
             print(f"resuming: {resumed_rows:,} of {total_rows:,} rows are already committed", flush=True)
-        run = Run(job, output, owner, placement, progress)
-        run.execute(pending)
+        run = Run(job, output, lease, owner, placement, progress)
+        run.execute(pending, stop)
     run.finish(resumed_rows, total_rows)
 
 
-def _take_possession(job: Job, output: OutputDirectory, pending: Sequence[Shard]) -> JobFile:
+def _take_possession(job: Job, output: OutputDirectory, lease: Lease, pending: Sequence[Shard]) -> JobFile:
     """Write the plan where this is the job's first start, and the settings of this start."""
+    lease.check()
     owner = job.owner or output.create(job.identity, job.dataset.format, job.schema, job.shards)
     output.put_run("config.yaml", job.config.as_yaml().encode())
     output.forgive([shard.index for shard in pending])
@@ -237,7 +276,7 @@ def _ray_address() -> str:
 
 
 @contextmanager
-def _ray() -> Iterator[None]:
+def _ray(stop: StopSignals) -> Iterator[None]:
     """Ray for the length of a job.
 
     Raises:
@@ -255,34 +294,18 @@ def _ray() -> Iterator[None]:
         paths = [REPOSITORY, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
     try:
-        ray.init(address=address, **options)
-    except ConnectionError as error:
-        raise UserError(
-            f"no Ray cluster at RAY_ADDRESS={address!r}: {_one_line(error)}; unset it to run here"
-        ) from None
-    try:
-        with _stop_signals():
-            yield
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError as error:
+            raise UserError(
+                f"no Ray cluster at RAY_ADDRESS={address!r}: {_one_line(error)}; unset it to run here"
+            ) from None
+        except SystemExit:  # while Ray starts, the handler of SIGTERM is its own
+            raise stop.error from None
+        stop.install()
+        yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """SIGTERM and Ctrl-C raise `Stopped` in the main thread."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise Stopped
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _place(config: JobConfig, gpus: float) -> Placement:
@@ -303,6 +326,7 @@ class Run:
         self,
         job: Job,
         output: OutputDirectory,
+        lease: Lease,
         owner: JobFile | None,
         placement: Placement | None,
         progress: Progress,
@@ -310,6 +334,7 @@ class Run:
         self._job = job
         self._config = job.config
         self._output = output
+        self._lease = lease
         self._owner = owner
         self._placement = placement or Placement(0, 0, 0)  # nothing left to run: only the end of the job is done again
         self._progress = progress
@@ -320,11 +345,12 @@ class Run:
         self._reused_rows = 0
         self._results: list[dict[str, Any]] = []
 
-    def execute(self, pending: Sequence[Shard]) -> None:
+    def execute(self, pending: Sequence[Shard], stop: StopSignals) -> None:
         """Run the pending shards on the pool.
 
         Raises:
             JobFailed: the pool cannot start or the store refuses writes.
+            LeaseLost: another start took over.
             Stopped: the user stopped the job; workers have flushed their journals.
         """
         import ray
@@ -333,21 +359,21 @@ class Run:
         finished = threading.Event()
         printer = threading.Thread(target=self._print_progress, args=(board, finished), daemon=True)
         printer.start()
+        stop.before = lambda: self._flush_workers(board)
         rows = {shard.index: shard.rows for shard in pending}
         try:
             for result in self._results_of(pending, board):
                 self._take(result, rows[result.index])
-        except (Stopped, KeyboardInterrupt):
-            self._stop_workers(board)
-            raise
         except JobFailed:
             raise
         except Exception as error:  # Ray and Ray Data raise many kinds; each ends this start
             raise JobFailed(_root_cause(error)) from None
         finally:
-            self._write_ledger()
+            stop.before = lambda: None
             finished.set()
-            printer.join(timeout=5)
+            if not self._lease.lost:
+                self._write_ledger()
+            printer.join(timeout=1)
             self._progress.end()
 
     def _results_of(self, pending: Sequence[Shard], board: ActorHandle[Any]) -> Iterator[ShardResult]:
@@ -396,6 +422,7 @@ class Run:
 
     def _take(self, result: ShardResult, rows: int) -> None:
         """Count a shard that a worker is done with."""
+        self._lease.check()
         if result.status == "fatal":
             raise JobFailed(f"{result.reason}; mend it and start the same command again")
         self._results.append({key: value for key, value in asdict(result).items() if key != "counts"})
@@ -425,23 +452,25 @@ class Run:
     def _print_progress(self, board: ActorHandle[Any], finished: threading.Event) -> None:
         """Thread: sample the board every second."""
         while not finished.wait(1.0):
-            self._progress.sample(_read_board(board))
+            self._progress.sample(_read_board(board, timeout_s=5) or [])
 
-    def _stop_workers(self, board: ActorHandle[Any]) -> None:
-        """Let workers flush their journals, so that the next start repeats nothing that is finished."""
+    def _flush_workers(self, board: ActorHandle[Any]) -> None:
+        """Before the job is stopped: let workers flush their journals, so that the next start repeats nothing that is finished."""
         board.stop.remote()
-        deadline = time.monotonic() + STOP_S
-        while time.monotonic() < deadline:
-            workers = [state for age, state in _read_board(board) if age < 2 * STOP_S]
-            if workers and all(state.flushed for state in workers):
+        deadline = time.monotonic() + FLUSH_S
+        while (left := deadline - time.monotonic()) > 0:
+            workers = _read_board(board, left)
+            # One that was silent for so long is dead, or hangs and will not flush either.
+            if workers is not None and all(state.flushed for age, state in workers if age < FLUSH_S):
                 return
-            time.sleep(0.2)
+            time.sleep(0.1)
 
     def finish(self, resumed_rows: int, total_rows: int) -> None:
         """Check the files, mark success, write the report and say how it went.
 
         Raises:
             JobFailed: a shard failed, or a file is not as planned.
+            LeaseLost: another start took over.
         """
         counts = self._count()
         status = "failed" if self._failures else "finished"
@@ -458,10 +487,11 @@ class Run:
             failures=self._failures,
         )
         try:
+            self._confirm()
             self._output.put_run("report.json", to_json(report))
             self._output.put_run("report.html", to_html(report))
             if not self._failures:
-                self._output.finish(self._job.shards)
+                self._output.finish(self._job.shards, self._confirm)
         except OSError as error:
             raise JobFailed(f"the job could not be finished: {_one_line(error)}") from None
         if self._failures:
@@ -478,6 +508,19 @@ class Run:
         )
         print(f"output   {self._config.output}\nreport   {self._output.run.child('report.html').path}", flush=True)
 
+    def _confirm(self) -> None:
+        """See that the output is this start's, before what only its holder may write.
+
+        Raises:
+            LeaseLost: it is not.
+            OSError: the store does not say.
+        """
+        retrying(self._lease.confirm, self._config.run.write_retries)
+        if self._output.succeeded():
+            raise LeaseLost(
+                f"output {self._config.output!r} was finished by another start while this one was suspended"
+            )
+
     def _count(self) -> Counts:
         """Counts of all committed shards: from the ledger, and from the files of the few that no driver lived to record."""
         recorded: dict[int, Counts] = {}
@@ -493,14 +536,15 @@ class Run:
         return total
 
 
-def _read_board(board: ActorHandle[Any]) -> list[tuple[float, WorkerState]]:
+def _read_board(board: ActorHandle[Any], timeout_s: float) -> list[tuple[float, WorkerState]] | None:
+    """What workers reported; None where the board does not answer."""
     import ray
 
     try:
-        states: list[tuple[float, WorkerState]] = ray.get(board.read.remote(), timeout=5)
+        states: list[tuple[float, WorkerState]] = ray.get(board.read.remote(), timeout=timeout_s)
         return states
     except ray.exceptions.RayError:
-        return []
+        return None
 
 
 def _root_cause(error: BaseException) -> str:
@@ -544,4 +588,10 @@ def _show_demo(output: OutputDirectory, config: JobConfig, shards: Sequence[Shar
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == FAILED:  # exit hooks take a second that `ray job stop` may not grant, and could wait for what hangs
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

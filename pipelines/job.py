@@ -88,6 +88,11 @@ class RunConfig(_Section):
     write_retries: int = Field(
         default=6, ge=0, description="Retries of a failing write, 1 s after the first, then doubling."
     )
+    lease_s: float = Field(
+        default=10.0,
+        ge=1,
+        description="Life of the lease on the output: how long a start watches a dead one elsewhere before it takes over.",
+    )
     max_engine_deaths: int = Field(
         default=3, ge=1, description="Engine deaths during a shard after which it is given up as failed."
     )

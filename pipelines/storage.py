@@ -68,8 +68,16 @@ def absolute(address: str) -> str:
     return address if "://" in address else os.path.abspath(os.path.expanduser(address))
 
 
+def _forget_cached(fs: pafs.FileSystem) -> None:
+    """Drop what an fsspec file system remembers of listings: other processes write here too."""
+    handler = getattr(fs, "handler", None)
+    if isinstance(handler, pafs.FSSpecHandler):
+        handler.fs.invalidate_cache()
+
+
 def kind(place: Location) -> pafs.FileType:
     """Whether `place` is a file, a directory or nothing."""
+    _forget_cached(place.fs)
     return place.fs.get_file_info(place.path).type
 
 
@@ -80,12 +88,14 @@ def exists(place: Location) -> bool:
 
 def children(place: Location) -> list[pafs.FileInfo]:
     """Files and directories directly in `place`, sorted by path; none where it does not exist."""
+    _forget_cached(place.fs)
     entries = place.fs.get_file_info(pafs.FileSelector(place.path, allow_not_found=True))
     return sorted(entries, key=lambda entry: str(entry.path))
 
 
 def read(place: Location) -> bytes:
     """The whole content of a file."""
+    _forget_cached(place.fs)
     with place.fs.open_input_stream(place.path) as stream:
         return bytes(stream.read())
 

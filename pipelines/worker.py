@@ -156,22 +156,28 @@ class ShardWorker:
         except (OSError, pa.ArrowException) as error:
             return result("failed", _one_line(error))
         reused = len(finished)
-        await self._generate(shard, table, finished)
-        results = [finished[position] for position in range(shard.rows)]
+        active = _Active(shard, Journal(self._output.journal(shard.index)), finished)
+        self._active[shard.index] = active  # until it is committed: a commit may be retried for long
+        flusher = asyncio.get_running_loop().create_task(self._flush_regularly(active.journal))
         try:
-            counts = await self._off_loop(self._commit, shard, table, results)
-        except OSError as error:
-            return result("fatal", f"shard {shard.index} cannot be written: {_one_line(error)}")
+            await self._generate(active, table)
+            results = [finished[position] for position in range(shard.rows)]
+            try:
+                counts = await self._off_loop(self._commit, shard, table, results)
+            except OSError as error:
+                return result("fatal", f"shard {shard.index} cannot be written: {_one_line(error)}")
+        finally:
+            flusher.cancel()
+            await self._off_loop(active.journal.close)
+            del self._active[shard.index]
         return replace(result("done"), counts=counts.as_dict(), reused_rows=reused)
 
-    async def _generate(self, shard: Shard, table: pa.Table, finished: dict[int, RowResult]) -> None:
-        """Run the rows that no earlier attempt finished, adding them to `finished`."""
+    async def _generate(self, active: _Active, table: pa.Table) -> None:
+        """Run the rows that no earlier attempt finished."""
+        shard, finished = active.shard, active.finished
         prompts = table[self._config.prompt.column].to_pylist()
         todo = [position for position in range(shard.rows) if position not in finished]
         seeds = [row_seed(self._config.run.seed, shard.file, shard.first_row + position, 0) for position in todo]
-        active = _Active(shard, Journal(self._output.journal(shard.index)), finished)
-        self._active[shard.index] = active
-        flusher = asyncio.get_running_loop().create_task(self._flush_regularly(active.journal))
         try:
             await self._rows.run(
                 [prompts[position] for position in todo],
@@ -180,10 +186,6 @@ class ShardWorker:
             )
         except EngineDeadError as error:
             self._die(error)
-        finally:
-            flusher.cancel()
-            await self._off_loop(active.journal.close)
-            del self._active[shard.index]
 
     async def _flush_regularly(self, journal: Journal) -> None:
         while True:
@@ -228,7 +230,8 @@ class ShardWorker:
         try:
             for active in self._active.values():
                 _try_flush(active.journal)
-                self._output.note_death(active.shard.index, _one_line(error), active.unfinished())
+                if active.unfinished():
+                    self._output.note_death(active.shard.index, _one_line(error), active.unfinished())
         finally:
             os._exit(ENGINE_DIED)
 

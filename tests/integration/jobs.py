@@ -17,6 +17,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.commit import OutputDirectory, read_journal
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 GENERATE = REPOSITORY / "pipelines" / "generate.py"
 # A job slow enough to be caught half-way: few sequences at a time, several small shards, frequent flushes.
@@ -91,6 +93,21 @@ def report(output: Path) -> dict[str, Any]:
 def parts(output: Path) -> dict[str, bytes]:
     """Content of the committed files by name."""
     return {path.name: path.read_bytes() for path in sorted(output.glob("part-*.parquet"))}
+
+
+def journalled_rows(output: Path) -> int:
+    """Rows in the journals of shards that are not committed."""
+    place = OutputDirectory(str(output))
+    if not (output / "_run" / "plan.parquet").exists():
+        return 0
+    committed = place.committed()
+    journals = (read_journal(place.journal(s.index), s.rows) for s in place.shards() if s.index not in committed)
+    return sum(len(rows) for rows in journals)
+
+
+def leases(output: Path) -> list[Path]:
+    """Claims on the output."""
+    return list((output / "_run").glob("lease-*"))
 
 
 def table_of(output: Path) -> pa.Table:
