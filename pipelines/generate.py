@@ -206,9 +206,8 @@ def run_job(job: Job, output: OutputDirectory) -> None:
         Stopped: SIGTERM or Ctrl-C; workers have flushed their journals.
     """
     if _ray_address() == "local" and _pending(job, output):
-        _place(
-            job.config, local_gpus()
-        )  # the cluster is this machine: what it lacks is refused before a file is written
+        # The cluster is this machine: what it lacks is refused before a file is written.
+        _place(job.config, local_gpus())
     run = job.config.run
     with StopSignals(FAILED) as stop:
         lease = Lease(output.run, job.config.output, run.lease_s, backoff_s(run.write_retries), stop.interrupt)
@@ -301,6 +300,7 @@ def _ray(stop: StopSignals) -> Iterator[None]:
                 f"no Ray cluster at RAY_ADDRESS={address!r}: {_one_line(error)}; unset it to run here"
             ) from None
         except SystemExit:  # while Ray starts, the handler of SIGTERM is its own
+            stop.finish()
             raise stop.error from None
         stop.install()
         yield

@@ -98,6 +98,7 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == RAISE and self._due and self._open:
             self._open = False
+            self.install()  # what has set its own would run next, for the same signal, and raise again
             raise self.error
 
     def _watch(self) -> None:

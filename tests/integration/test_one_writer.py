@@ -57,7 +57,18 @@ def arguments(dataset: Path, chat_model_dir: Path) -> list[str]:
 
 
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
+
+
+def running(what: str, process: subprocess.Popen[str]) -> bool:
+    """Whether a process of this name runs below a job."""
+    for member in family(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if what in " ".join(member.cmdline()):
+                return True
+    return False
 
 
 def test_a_second_start_is_refused_and_a_stopped_first_goes_on(
@@ -145,10 +156,22 @@ def test_a_suspended_job_is_taken_over_and_marks_nothing(
     assert again.stdout.startswith("already finished")
 
 
+def test_a_signal_while_ray_starts(workplace: Path, arguments: list[str]) -> None:
+    """Ray has handlers of its own then."""
+    output = workplace / "starting"
+    process = start([*arguments, "--output", str(output)], workplace)
+    wait_for(lambda: running("gcs_server", process), process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=END_S + SLACK_S)
+    assert process.returncode == 1
+    assert err.splitlines()[-1].endswith("; start the same command again to go on")
+    assert leases(output) == []
+
+
 def test_a_signal_ends_a_job_whose_ray_hangs(workplace: Path, arguments: list[str]) -> None:
     output = workplace / "hanging"
     process = start([*arguments, "--output", str(output)], workplace)
-    wait_for(lambda: any("ShardWorker" in " ".join(member.cmdline()) for member in family(process)), process)
+    wait_for(lambda: running("ShardWorker", process), process)
     members = family(process)
     try:
         for member in members:
