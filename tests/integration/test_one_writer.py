@@ -160,7 +160,8 @@ def test_a_signal_while_ray_starts(workplace: Path, arguments: list[str]) -> Non
     """Ray has handlers of its own then."""
     output = workplace / "starting"
     process = start([*arguments, "--output", str(output)], workplace)
-    wait_for(lambda: running("gcs_server", process), process)
+    wait_for(lambda: running("raylet/raylet", process), process)
+    time.sleep(0.7)  # by now it most likely waits, deaf to signals, for the node to register
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=END_S + SLACK_S)
     assert process.returncode == 1
