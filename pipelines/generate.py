@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +35,7 @@ from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
 from pipelines.prompts import RowError, check_column, render
 from pipelines.report import build_report, to_html, to_json
-from pipelines.rows import check_names
+from pipelines.rows import Engine, check_names
 from pipelines.stop import GO_ON, Stopped, StopSignals
 from pipelines.storage import exists, resolve
 
@@ -196,8 +196,13 @@ def _show_plan(job: Job) -> None:
 # The run
 
 
-def run_job(job: Job, output: OutputDirectory) -> None:
+def run_job(job: Job, output: OutputDirectory, engine: Callable[..., Engine] | None = None) -> None:
     """Do the shards that are left, check the result, and write report and `_SUCCESS`, as the only start that does.
+
+    Args:
+        job: from `check`.
+        output: of the job.
+        engine: makes an actor's engine from the model and the options of `EngineConfig`; `AsyncLLM` where None.
 
     Raises:
         UserError: another start runs, the cluster lacks what the job asks for, or the output cannot be written.
@@ -216,7 +221,7 @@ def run_job(job: Job, output: OutputDirectory) -> None:
             lease.acquire()
             for claim in lease.superseded:
                 print(f"taking over from {claim}, which died without releasing the output", flush=True)
-            _run_alone(_look_again(job, output), output, lease, stop)
+            _run_alone(_look_again(job, output), output, lease, stop, engine)
         finally:
             stop.finish()
             lease.release()
@@ -235,7 +240,9 @@ def _pending(job: Job, output: OutputDirectory) -> list[Shard]:
     return [shard for shard in job.shards if shard.index not in committed]
 
 
-def _run_alone(job: Job, output: OutputDirectory, lease: Lease, stop: StopSignals) -> None:
+def _run_alone(
+    job: Job, output: OutputDirectory, lease: Lease, stop: StopSignals, engine: Callable[..., Engine] | None
+) -> None:
     """`run_job` under the lease."""
     if job.owner is not None and output.succeeded():
         _say_finished(job)
@@ -245,7 +252,7 @@ def _run_alone(job: Job, output: OutputDirectory, lease: Lease, stop: StopSignal
     resumed_rows = total_rows - sum(shard.rows for shard in pending)
     progress = Progress(total_rows, resumed_rows, job.config.run.progress_s)
     if not pending:
-        Run(job, output, lease, job.owner, None, progress).finish(resumed_rows, total_rows)
+        Run(job, output, lease, job.owner, None, progress, engine).finish(resumed_rows, total_rows)
         return
     if _ray_address() == "local":
         owner = _take_possession(job, output, lease, pending)
@@ -255,7 +262,7 @@ def _run_alone(job: Job, output: OutputDirectory, lease: Lease, stop: StopSignal
             owner = _take_possession(job, output, lease, pending)
         if resumed_rows:
             print(f"resuming: {resumed_rows:,} of {total_rows:,} rows are already committed", flush=True)
-        run = Run(job, output, lease, owner, placement, progress)
+        run = Run(job, output, lease, owner, placement, progress, engine)
         run.execute(pending, stop)
     run.finish(resumed_rows, total_rows)
 
@@ -330,6 +337,7 @@ class Run:
         owner: JobFile | None,
         placement: Placement | None,
         progress: Progress,
+        engine: Callable[..., Engine] | None,
     ) -> None:
         self._job = job
         self._config = job.config
@@ -338,6 +346,7 @@ class Run:
         self._owner = owner
         self._placement = placement or Placement(0, 0, 0)  # nothing left to run: only the end of the job is done again
         self._progress = progress
+        self._engine = engine
         self._ledger = RecordLog(output.ledger())
         self._unwritten: list[ShardResult] = []
         self._written_at = time.monotonic()
@@ -399,6 +408,7 @@ class Run:
             self._job.dataset.format,
             self._job.schema,
             None if self._placement.num_gpus else -(-self._placement.max_actors // nodes),
+            self._engine,
         )
         at_once = self._config.run.shards_in_flight
         dataset = ray.data.from_items(

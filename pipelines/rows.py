@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import pyarrow as pa
 import xxhash
@@ -18,6 +18,9 @@ from nanovllm import RequestOutput, SamplingParams, UserError
 from nanovllm.outputs import error_output
 from pipelines.job import ColumnsConfig, PromptConfig
 from pipelines.prompts import RowError, render
+
+if TYPE_CHECKING:
+    from nanovllm.engine.llm_engine import EngineStats
 
 ROW_PATH_VERSION = 1
 
@@ -47,7 +50,7 @@ class RowResult(NamedTuple):
 
 
 class Engine(Protocol):
-    """The part of `AsyncLLM` that rows need."""
+    """The part of `AsyncLLM` that jobs need."""
 
     @property
     def max_prompt_len(self) -> int:
@@ -58,6 +61,12 @@ class Engine(Protocol):
 
     def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
         """Start one request."""
+
+    def stats(self) -> EngineStats:
+        """Counters and state."""
+
+    def shutdown(self) -> None:
+        """Free the engine."""
 
 
 def row_seed(job_seed: int, *place: str | int) -> int:

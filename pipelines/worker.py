@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -30,7 +30,7 @@ from pipelines.inputs import Format, read_rows
 from pipelines.job import JobConfig, build
 from pipelines.plan import SHARD_SCHEMA, Shard
 from pipelines.progress import WorkerState
-from pipelines.rows import RowPath, RowResult, result_table, row_seed
+from pipelines.rows import Engine, RowPath, RowResult, result_table, row_seed
 from pipelines.storage import Location
 
 REPORT_S = 1.0
@@ -47,6 +47,7 @@ class Task(NamedTuple):
         token: says that the output directory a worker sees is the one the driver wrote.
         root, format, schema: of the input.
         actors_per_node: how many engines share a node's CPUs; None where engines run on GPUs.
+        engine: makes the engine from a model and the options of `EngineConfig`; `AsyncLLM` where None.
     """
 
     settings: dict[str, Any]
@@ -55,6 +56,7 @@ class Task(NamedTuple):
     format: Format
     schema: pa.Schema
     actors_per_node: int | None
+    engine: Callable[..., Engine] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ class ShardWorker:
         self._schema = kept if prompt.name in kept.names else kept.append(prompt)
         if task.actors_per_node is not None:
             share_cpus(task.actors_per_node, self._config.engine.tensor_parallel_size)
-        self._engine = AsyncLLM(self._config.model, **self._config.engine.model_dump(exclude={"model"}))
+        self._engine: Engine = (task.engine or AsyncLLM)(
+            self._config.model, **self._config.engine.model_dump(exclude={"model"})
+        )
         self._rows = RowPath(self._engine, self._config.prompt, self._config.sampling)
         self._active: dict[int, _Active] = {}
         self._io = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="shard-io")

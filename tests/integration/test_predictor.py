@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,12 +95,16 @@ def test_ray_job_submit(head: dict[str, str], tmp_path: Path, chat_model_dir: Pa
     command = ["--", sys.executable, "pipelines/generate.py", "--model", str(chat_model_dir)]
     command += ["--input", str(source), "--output", str(output), "prompt.column=text", "sampling.max_tokens=3"]
     command += ["columns.prefix=my_", "columns.num_cached_tokens=true"]
-    for attempt in range(10):  # the job server comes up some seconds after the node
+    # The job server comes up some seconds after the node, and the agent that starts jobs some after that.
+    deadline = time.monotonic() + 120
+    while True:
         done = subprocess.run(
             [*submit, *command], cwd=working_dir, env=head, capture_output=True, text=True, timeout=250, check=False
         )
-        if "Failed to connect" not in done.stdout + done.stderr or attempt == 9:
+        not_yet = re.search("Failed to connect|No available agent", done.stdout + done.stderr)
+        if not not_yet or time.monotonic() > deadline:
             break
+        time.sleep(1)
     print(done.stdout, done.stderr, (tmp_path / "head.log").read_text()[-3000:])
     assert done.returncode == 0
     assert "finished: 50 rows (0 with an error)" in done.stdout
