@@ -128,9 +128,10 @@ class AsyncLLM:
     def _end(self, failure: EngineDeadError) -> None:
         with self._wake:
             self._failure = failure
-            futures = list(self._futures.values())
+            futures = dict(self._futures)
             self._futures.clear()
-        for future in futures:
+        suspects = self._engine.ids_in_step()
+        for seq_id, future in futures.items():
             if future.set_running_or_notify_cancel():
-                future.set_exception(failure)
+                future.set_exception(EngineDeadError(str(failure), failure.killed, seq_id in suspects))
         self._engine.exit()

@@ -5,7 +5,7 @@ Workers journal and commit through `OutputDirectory`; the driver creates it, ask
     OUT/part-00000.parquet ...   committed shards, one file each, named by the plan
     OUT/_SUCCESS                 every shard is there and the row counts add up
     OUT/_run/                    job.json, plan.parquet, config.yaml, report.json, report.html
-    OUT/_run/journal/<shard>/    finished rows of shards in flight, one file an attempt
+    OUT/_run/journal/<shard>/    finished rows of shards in flight, one file an attempt; <shard>.attempts: see `attempts`
     OUT/_run/ledger/             what each committed shard counted, one file a driver
     OUT/_run/lease-*.json        who writes here; see `lease`
     OUT/_run/tmp/                files on their way to their name
@@ -322,26 +322,11 @@ class OutputDirectory:
     def forget(self, index: int) -> None:
         """Drop the journal of a committed shard."""
         delete_tree(self.journal(index))
-        delete_tree(self.deaths(index))
+        delete_tree(self.attempts(index))
 
-    def deaths(self, index: int) -> Location:
-        """Where workers note that their engine died while they worked on a shard."""
-        return self.run.child("journal", f"{index:05d}.deaths")
-
-    def note_death(self, index: int, reason: str, unfinished: Sequence[int]) -> None:
-        """Record an engine's death, and the rows that were in flight, before the process ends."""
-        log = RecordLog(self.deaths(index))
-        log.append(json.dumps({"reason": reason, "unfinished": list(unfinished)}).encode())
-        log.close()
-
-    def death_reasons(self, index: int) -> list[str]:
-        """Why engines died on a shard so far."""
-        return [json.loads(payload)["reason"] for payload in read_records(self.deaths(index))]
-
-    def forgive(self, indexes: Sequence[int]) -> None:
-        """Forget the deaths of shards that a new start tries again."""
-        for index in indexes:
-            delete_tree(self.deaths(index))
+    def attempts(self, index: int) -> Location:
+        """Where attempts at a shard say that they begin; see `attempts`."""
+        return self.run.child("journal", f"{index:05d}.attempts")
 
     def has_token(self, token: str) -> bool:
         """Whether this process sees the directory that the driver wrote, and not another one of the same name."""

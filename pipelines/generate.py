@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -38,6 +39,7 @@ from pipelines.report import build_report, to_html, to_json
 from pipelines.rows import Engine, check_names
 from pipelines.stop import GO_ON, Stopped, StopSignals
 from pipelines.storage import exists, resolve
+from pipelines.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -49,6 +51,7 @@ FLUSH_S = 4.0  # how long a stopped job waits for its workers to flush
 FAILED = 1
 REFUSED = 2
 INIT_RETRIES = 2
+MAX_GIVEN_UP = 3  # shards in a row given up because engines died: then it is not the rows
 
 
 class JobFailed(Exception):
@@ -255,11 +258,11 @@ def _run_alone(
         Run(job, output, lease, job.owner, None, progress, engine).finish(resumed_rows, total_rows)
         return
     if _ray_address() == "local":
-        owner = _take_possession(job, output, lease, pending)
+        owner = _take_possession(job, output, lease)
     with _ray(stop):
         placement = _place_on_cluster(job.config)
         if _ray_address() != "local":
-            owner = _take_possession(job, output, lease, pending)
+            owner = _take_possession(job, output, lease)
         if resumed_rows:
             print(f"resuming: {resumed_rows:,} of {total_rows:,} rows are already committed", flush=True)
         run = Run(job, output, lease, owner, placement, progress, engine)
@@ -267,12 +270,11 @@ def _run_alone(
     run.finish(resumed_rows, total_rows)
 
 
-def _take_possession(job: Job, output: OutputDirectory, lease: Lease, pending: Sequence[Shard]) -> JobFile:
+def _take_possession(job: Job, output: OutputDirectory, lease: Lease) -> JobFile:
     """Write the plan where this is the job's first start, and the settings of this start."""
     lease.check()
     owner = job.owner or output.create(job.identity, job.dataset.format, job.schema, job.shards)
     output.put_run("config.yaml", job.config.as_yaml().encode())
-    output.forgive([shard.index for shard in pending])
     return owner
 
 
@@ -347,6 +349,10 @@ class Run:
         self._placement = placement or Placement(0, 0, 0)  # nothing left to run: only the end of the job is done again
         self._progress = progress
         self._engine = engine
+        self._name = uuid.uuid4().hex
+        self._apart: list[Shard] = []
+        self._given_up = 0  # shards in a row
+        self._watchdog = Watchdog(job.config.run.hang_s)
         self._ledger = RecordLog(output.ledger())
         self._unwritten: list[ShardResult] = []
         self._written_at = time.monotonic()
@@ -369,10 +375,14 @@ class Run:
         printer = threading.Thread(target=self._print_progress, args=(board, finished), daemon=True)
         printer.start()
         stop.before = lambda: self._flush_workers(board)
-        rows = {shard.index: shard.rows for shard in pending}
+        shards = {shard.index: shard for shard in pending}
         try:
             for result in self._results_of(pending, board):
-                self._take(result, rows[result.index])
+                self._take(result, shards[result.index])
+            if self._apart:
+                print(f"engines died; suspect rows of {len(self._apart):,} shards are now tried apart", flush=True)
+                for result in self._results_of(self._apart, board, apart=True):
+                    self._take(result, shards[result.index])
         except JobFailed:
             raise
         except Exception as error:  # Ray and Ray Data raise many kinds; each ends this start
@@ -385,7 +395,10 @@ class Run:
             printer.join(timeout=1)
             self._progress.end()
 
-    def _results_of(self, pending: Sequence[Shard], board: ActorHandle[Any]) -> Iterator[ShardResult]:
+    def _results_of(
+        self, pending: Sequence[Shard], board: ActorHandle[Any], apart: bool = False
+    ) -> Iterator[ShardResult]:
+        """Results of shards as a pool of engines is done with them. `apart`: of their suspects, see `attempts`."""
         import logging
 
         import ray
@@ -404,13 +417,15 @@ class Run:
         task = Task(
             self._config.as_dict(),
             self._owner.token if self._owner else "",
+            self._name,
+            apart,
             self._job.dataset.root,
             self._job.dataset.format,
             self._job.schema,
             None if self._placement.num_gpus else -(-self._placement.max_actors // nodes),
             self._engine,
         )
-        at_once = self._config.run.shards_in_flight
+        at_once = 1 if apart else self._config.run.shards_in_flight
         dataset = ray.data.from_items(
             [asdict(shard) for shard in pending], override_num_blocks=len(pending)
         ).map_batches(
@@ -430,18 +445,23 @@ class Run:
             for text in batch["result"].to_pylist():
                 yield ShardResult(**json.loads(text))
 
-    def _take(self, result: ShardResult, rows: int) -> None:
+    def _take(self, result: ShardResult, shard: Shard) -> None:
         """Count a shard that a worker is done with."""
         self._lease.check()
         if result.status == "fatal":
             raise JobFailed(f"{result.reason}; mend it and start the same command again")
+        if result.status == "apart":
+            self._apart.append(shard)
+            return
         self._results.append({key: value for key, value in asdict(result).items() if key != "counts"})
+        self._given_up = self._given_up + 1 if result.gave_up else 0
+        if self._given_up >= MAX_GIVEN_UP:
+            raise JobFailed(f"engines die whatever they run: {result.reason}")
         if result.status == "failed":
-            shard = self._job.shards[result.index]
             where = f"{shard.file} rows {shard.first_row} to {shard.first_row + shard.rows - 1}"
             self._failures[where] = result.reason or ""
             return
-        self._progress.committed_rows += rows
+        self._progress.committed_rows += shard.rows
         self._reused_rows += result.reused_rows
         self._unwritten.append(result)
         if time.monotonic() - self._written_at > self._config.run.journal_flush_s:
@@ -462,7 +482,9 @@ class Run:
     def _print_progress(self, board: ActorHandle[Any], finished: threading.Event) -> None:
         """Thread: sample the board every second."""
         while not finished.wait(1.0):
-            self._progress.sample(_read_board(board, timeout_s=5) or [])
+            workers = _read_board(board, timeout_s=5) or []
+            self._progress.sample(workers)
+            self._watchdog.look(workers)
 
     def _flush_workers(self, board: ActorHandle[Any]) -> None:
         """Before the job is stopped: let workers flush their journals, so that the next start repeats nothing that is finished."""

@@ -94,7 +94,16 @@ class RunConfig(_Section):
         description="Life of the lease on the output: how long a start watches a dead one elsewhere before it takes over.",
     )
     max_engine_deaths: int = Field(
-        default=3, ge=1, description="Engine deaths during a shard after which it is given up as failed."
+        default=10,
+        ge=1,
+        description="Engine deaths on a shard, with no row of it finished in between, after which it is given up as failed. "
+        "A prompt that kills costs at most 8.",
+    )
+    hang_s: float = Field(
+        default=60.0,
+        ge=2,
+        description="An actor that is not heard of for so long is killed and replaced; one whose engine makes no step, after "
+        "10 times as long.",
     )
     progress_s: float = Field(
         default=5.0, gt=0, description="Seconds between progress lines where stdout is no terminal."

@@ -46,12 +46,12 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.fs as pafs
 
 from nanovllm import UserError
+from pipelines.processes import born, home, is_dead
 from pipelines.storage import Location, children, delete_file, exists, read
 
 BEATS = 5  # heartbeats in the life of a lease
@@ -100,8 +100,8 @@ class Claim(NamedTuple):
 
     def died(self) -> bool:
         """Whether its process is known to be dead: it ran on this host since its last boot, and is no more."""
-        home = self.says.get("home")
-        return home is not None and home == _home() and _is_dead(self.says["pid"], self.says["born"])
+        where = self.says.get("home")
+        return where is not None and where == home() and is_dead(self.says["pid"], self.says["born"])
 
     def __str__(self) -> str:
         """Who wrote it, for messages."""
@@ -321,8 +321,8 @@ class Lease:
             "lease_s": self._life_s,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "home": _home(),
-            "born": _born(os.getpid()),
+            "home": home(),
+            "born": born(os.getpid()),
             "since": self._since,
             "beaten": _now(),
         }
@@ -392,41 +392,6 @@ def _parse(data: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return says if isinstance(says, dict) and says.keys() >= KEYS else {}
-
-
-def _home() -> str | None:
-    """Where process ids mean what they mean here: host, boot and PID namespace. None where the system does not say."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
-def _born(pid: int) -> str | None:
-    """When a process began, in ticks since boot; None where that cannot be read."""
-    fields = _stat(pid)
-    return fields[19] if fields else None
-
-
-def _is_dead(pid: int, born: str | None) -> bool:
-    """Whether the process `pid` that began at `born` is dead. In doubt it is not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    fields = _stat(pid)
-    return bool(fields) and (fields[0] in "ZX" or fields[19] != born)
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/<pid>/stat from the state on; none where it cannot be read."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
 
 
 def _awake_or_not() -> float:

@@ -8,6 +8,7 @@ from collections import deque
 from typing import IO, Any, NamedTuple
 
 WINDOW_S = 60.0  # rates and the ETA look back this far
+GAP_S = 5.0  # between calls of the board, from which on it was not running
 STALE_S = 20.0  # a worker that was not heard of for so long is gone, and its unfinished rows with it
 
 
@@ -20,6 +21,8 @@ class WorkerState(NamedTuple):
         running, waiting: requests in its engine.
         kv_usage: part of the KV pool in use, 0 to 1.
         flushed: it was told to stop and has flushed its journals.
+        stalled_s: seconds since its engine last ended a step, where it has work.
+        node, pid, birth: its process: id of the Ray node, process id there, and when it began.
     """
 
     finished_rows: int
@@ -30,24 +33,37 @@ class WorkerState(NamedTuple):
     waiting: int
     kv_usage: float
     flushed: bool
+    stalled_s: float
+    node: str
+    pid: int
+    birth: str | None
 
 
 class ProgressBoard:
-    """Collects what workers report. Run as a Ray actor; every call is short."""
+    """Collects what workers report. Run as a Ray actor; every call is short, and the driver makes one every second."""
 
     def __init__(self) -> None:
         self._states: dict[str, tuple[float, WorkerState]] = {}
         self._stopping = False
+        self._called = time.monotonic()
 
     def report(self, worker: str, state: WorkerState) -> bool:
         """Note a worker's state; tells it whether to flush its journals because the job stops."""
-        self._states[worker] = (time.monotonic(), state)
+        self._states[worker] = (self._now(), state)
         return self._stopping
 
     def read(self) -> list[tuple[float, WorkerState]]:
         """Age in seconds and state of every worker that ever reported."""
-        now = time.monotonic()
+        now = self._now()
         return [(now - when, state) for when, state in self._states.values()]
+
+    def _now(self) -> float:
+        """The time. Where nobody called for long this process was suspended, and no worker grows older by that."""
+        now = time.monotonic()
+        gap, self._called = now - self._called, now
+        if gap > GAP_S:
+            self._states = {worker: (when + gap, state) for worker, (when, state) in self._states.items()}
+        return now
 
     def stop(self) -> None:
         """Ask every worker to flush its journals."""

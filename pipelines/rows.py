@@ -78,6 +78,11 @@ def row_seed(job_seed: int, *place: str | int) -> int:
     return xxhash.xxh64_intdigest(key.encode("utf-8", "surrogatepass")) >> 1
 
 
+def failed_row(error: str) -> RowResult:
+    """The result of a row that never ran to its end."""
+    return RowResult(None, "error", 0, 0, 0, error)
+
+
 def output_names(columns: ColumnsConfig) -> list[str]:
     """Names of the generated columns, unprefixed, in output order."""
     return [name for name in RESULT_SCHEMA.names if name != "num_cached_tokens" or columns.num_cached_tokens]
@@ -130,8 +135,20 @@ class RowPath:
         # Its own thread: tokenizing must hold up neither the event loop nor the engine. Fast tokenizers free the GIL.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
-    async def run(self, values: Sequence[object], seeds: Sequence[int], done: Callable[[int, RowResult], None]) -> None:
-        """Generate for rows with prompts `values`, calling `done(position, result)` on the event loop as each ends.
+    async def run(
+        self,
+        values: Sequence[object],
+        seeds: Sequence[int],
+        done: Callable[[int, RowResult], None],
+        submitted: Callable[[int, Future[RequestOutput]], None] = lambda position, future: None,
+    ) -> None:
+        """Generate for rows with prompts `values`.
+
+        Args:
+            values: prompts, which may be no strings.
+            seeds: of each row's sampling.
+            done: called with a row's position and result, on the event loop, as each ends.
+            submitted: called with a row's position and the engine's future, on the tokenizer thread, as each begins.
 
         Raises:
             EngineDeadError: the engine died; rows not reported are lost.
@@ -140,8 +157,8 @@ class RowPath:
         tasks: list[asyncio.Task[None]] = []
         try:
             for start in range(0, len(values), SUBMIT_ROWS):
-                chunk = slice(start, start + SUBMIT_ROWS)
-                futures = await loop.run_in_executor(self._tokenizing, self._submit, values[chunk], seeds[chunk])
+                rows = range(start, min(start + SUBMIT_ROWS, len(values)))
+                futures = await loop.run_in_executor(self._tokenizing, self._submit, rows, values, seeds, submitted)
                 for position, future in enumerate(futures, start):
                     tasks.append(loop.create_task(_report(position, future, done)))
             await asyncio.gather(*tasks)
@@ -149,8 +166,18 @@ class RowPath:
             for task in tasks:
                 task.cancel()
 
-    def _submit(self, values: Sequence[object], seeds: Sequence[int]) -> list[Future[RequestOutput]]:
-        return [self._submit_row(value, seed) for value, seed in zip(values, seeds, strict=True)]
+    def _submit(
+        self,
+        rows: range,
+        values: Sequence[object],
+        seeds: Sequence[int],
+        submitted: Callable[[int, Future[RequestOutput]], None],
+    ) -> list[Future[RequestOutput]]:
+        futures = []
+        for row in rows:
+            futures.append(self._submit_row(values[row], seeds[row]))
+            submitted(row, futures[-1])
+        return futures
 
     def _submit_row(self, value: object, seed: int) -> Future[RequestOutput]:
         try:

@@ -15,7 +15,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -23,20 +23,26 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
-from nanovllm import AsyncLLM, EngineDeadError, UserError
+from nanovllm import AsyncLLM, EngineDeadError, RequestOutput, UserError
+from pipelines.attempts import AttemptLog, Diagnosis, diagnose, groups
 from pipelines.commit import Journal, OutputDirectory, output_schema, read_journal, retrying
 from pipelines.counts import COUNTED, Counts, count_rows
 from pipelines.inputs import Format, read_rows
 from pipelines.job import JobConfig, build
 from pipelines.plan import SHARD_SCHEMA, Shard
+from pipelines.processes import born
 from pipelines.progress import WorkerState
-from pipelines.rows import Engine, RowPath, RowResult, result_table, row_seed
+from pipelines.rows import Engine, RowPath, RowResult, failed_row, result_table, row_seed
 from pipelines.storage import Location
 
 REPORT_S = 1.0
 READ_RETRIES = 3  # for stores that fail now and then; a local disk that fails once fails again
 IO_THREADS = 4
+LAST_WORDS_S = 5.0
 ENGINE_DIED = 70  # exit status of an actor whose engine died (EX_SOFTWARE)
+
+
+Status = Literal["done", "apart", "failed", "fatal"]
 
 
 class Task(NamedTuple):
@@ -45,6 +51,8 @@ class Task(NamedTuple):
     Attributes:
         settings: `JobConfig.as_dict()`.
         token: says that the output directory a worker sees is the one the driver wrote.
+        start: of the job, by which attempts are told from those of earlier starts.
+        apart: the pool runs what is left when all else is done: suspects, with the engine for themselves.
         root, format, schema: of the input.
         actors_per_node: how many engines share a node's CPUs; None where engines run on GPUs.
         engine: makes the engine from a model and the options of `EngineConfig`; `AsyncLLM` where None.
@@ -52,6 +60,8 @@ class Task(NamedTuple):
 
     settings: dict[str, Any]
     token: str
+    start: str
+    apart: bool
     root: Location
     format: Format
     schema: pa.Schema
@@ -64,8 +74,10 @@ class ShardResult:
     """What became of one shard in one attempt.
 
     Attributes:
-        status: `done`: committed. `failed`: this shard cannot be done. `fatal`: no shard can, the store refuses writes.
+        status: `done`: committed. `apart`: what is left are suspects, to be tried apart. `failed`: this shard cannot be
+            done. `fatal`: no shard can, the store refuses writes.
         reason: why it is not done.
+        gave_up: it failed because engines died on it again and again.
         counts: of all its rows, as `Counts.as_dict()`; None where it is not done.
         reused_rows: rows taken from the journal or from a file committed by an earlier attempt.
         seconds: of this attempt.
@@ -73,8 +85,9 @@ class ShardResult:
     """
 
     index: int
-    status: Literal["done", "failed", "fatal"]
+    status: Status
     reason: str | None
+    gave_up: bool
     counts: dict[str, Any] | None
     reused_rows: int
     seconds: float
@@ -82,21 +95,37 @@ class ShardResult:
 
 
 class _Active:
-    """A shard this worker works on: its rows finished so far, by position, and their journal."""
+    """A shard this worker works on: its rows finished so far, by position, their journal, and what the engine runs of it."""
 
-    def __init__(self, shard: Shard, journal: Journal, finished: dict[int, RowResult]) -> None:
+    def __init__(self, shard: Shard, journal: Journal, attempt: AttemptLog, finished: dict[int, RowResult]) -> None:
         self.shard = shard
         self.journal = journal
+        self.attempt = attempt
         self.finished = finished
+        self._futures: dict[int, Future[RequestOutput]] = {}
+
+    def submitted(self, position: int, future: Future[RequestOutput]) -> None:
+        """Note a row that the engine has."""
+        self._futures[position] = future
 
     def done(self, position: int, result: RowResult) -> None:
-        """Note a row that the engine finished."""
+        """Note a row that is finished."""
+        self._futures.pop(position, None)
         self.finished[position] = result
         self.journal.add(position, result)
 
     def unfinished(self) -> list[int]:
-        """Positions of the rows that are in flight."""
+        """Positions of the rows that are not finished."""
         return [position for position in range(self.shard.rows) if position not in self.finished]
+
+    def in_step(self) -> list[int]:
+        """Positions of the rows in the step that the engine died of."""
+        futures = dict(self._futures)
+        wait(futures.values(), LAST_WORDS_S)  # the engine's thread gives each its error, one after another
+        errors = (
+            (row, future.exception()) for row, future in futures.items() if future.done() and not future.cancelled()
+        )
+        return [row for row, error in errors if isinstance(error, EngineDeadError) and error.in_step]
 
 
 class ShardWorker:
@@ -123,6 +152,7 @@ class ShardWorker:
         self._rows = RowPath(self._engine, self._config.prompt, self._config.sampling)
         self._active: dict[int, _Active] = {}
         self._io = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="shard-io")
+        self._steps, self._stepped = 0, time.monotonic()
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         reporter = threading.Thread(
             target=_report_regularly, args=(weakref.ref(self), board), name="report", daemon=True
@@ -145,48 +175,78 @@ class ShardWorker:
     async def _attempt(self, shard: Shard) -> ShardResult:
         started = time.monotonic()
 
-        def result(status: Literal["done", "failed", "fatal"], reason: str | None = None) -> ShardResult:
-            return ShardResult(shard.index, status, reason, None, 0, round(time.monotonic() - started, 3), self._name)
+        def result(status: Status, reason: str | None = None, gave_up: bool = False) -> ShardResult:
+            seconds = round(time.monotonic() - started, 3)
+            return ShardResult(shard.index, status, reason, gave_up, None, 0, seconds, self._name)
 
+        attempt = AttemptLog(self._output.attempts(shard.index), self._task.start)
         try:
             earlier = await self._off_loop(self._earlier, shard)
             if earlier is not None:
                 return replace(result("done"), counts=earlier.as_dict(), reused_rows=shard.rows)
-            deaths = await self._off_loop(self._output.death_reasons, shard.index)
-            if len(deaths) >= self._config.run.max_engine_deaths:
-                return result("failed", f"the engine died {len(deaths)} times on it, last: {deaths[-1]}")
+            past = await self._off_loop(attempt.read)
             table = await self._off_loop(self._read, shard)
             finished = await self._off_loop(read_journal, self._output.journal(shard.index), shard.rows)
         except (OSError, pa.ArrowException) as error:
             return result("failed", _one_line(error))
         reused = len(finished)
-        active = _Active(shard, Journal(self._output.journal(shard.index)), finished)
+        active = _Active(shard, Journal(self._output.journal(shard.index)), attempt, finished)
+        found = diagnose(past, active.unfinished(), reused)
+        if found.deaths >= self._config.run.max_engine_deaths:
+            reason = f"the engine died {found.deaths} times on it and finished no row in between, last: {found.last}"
+            return result("failed", reason, gave_up=True)
         self._active[shard.index] = active  # until it is committed: a commit may be retried for long
         flusher = asyncio.get_running_loop().create_task(self._flush_regularly(active.journal))
         try:
-            await self._generate(active, table)
-            results = [finished[position] for position in range(shard.rows)]
-            try:
-                counts = await self._off_loop(self._commit, shard, table, results)
-            except OSError as error:
-                return result("fatal", f"shard {shard.index} cannot be written: {_one_line(error)}")
+            for position, reason in found.poison.items():
+                active.done(position, failed_row(f"the engine died of this row: {reason}"))
+            await self._generate(active, table, found)
+            if len(finished) < shard.rows:
+                await self._off_loop(_try_flush, active.journal)
+                await self._off_loop(attempt.over)
+                return result("apart", f"{shard.rows - len(finished)} rows were in a step when the engine died")
+            counts = await self._off_loop(self._commit, shard, table, [finished[row] for row in range(shard.rows)])
+        except OSError as error:
+            return result("fatal", f"shard {shard.index} cannot be written: {_one_line(error)}")
         finally:
             flusher.cancel()
             await self._off_loop(active.journal.close)
+            await self._off_loop(attempt.close)
             del self._active[shard.index]
         return replace(result("done"), counts=counts.as_dict(), reused_rows=reused)
 
-    async def _generate(self, active: _Active, table: pa.Table) -> None:
-        """Run the rows that no earlier attempt finished."""
-        shard, finished = active.shard, active.finished
-        prompts = table[self._config.prompt.column].to_pylist()
-        todo = [position for position in range(shard.rows) if position not in finished]
-        seeds = [row_seed(self._config.run.seed, shard.file, shard.first_row + position, 0) for position in todo]
+    async def _generate(self, active: _Active, table: pa.Table, found: Diagnosis) -> None:
+        """Run the rows that no earlier attempt finished: in company, and suspects only where this pool is there for them.
+
+        Raises:
+            OSError: the store refuses to note which rows are tried.
+        """
+        await self._note(active, None)
+        await self._run_rows(active, table, [row for row in active.unfinished() if row not in found.suspects])
+        for group in groups(found.suspects, found.narrowed) if self._task.apart else ():
+            await self._note(active, group)
+            await self._run_rows(active, table, group)
+
+    async def _note(self, active: _Active, group: list[int] | None) -> None:
+        """Write down what will run, and before it what is finished, so that a death is not taken for one without progress."""
+
+        def write() -> None:
+            active.journal.flush()
+            active.attempt.begin(len(active.finished), group)
+
+        await self._off_loop(retrying, write, self._config.run.write_retries)
+
+    async def _run_rows(self, active: _Active, table: pa.Table, rows: list[int]) -> None:
+        """Generate for the rows at some positions of a shard."""
+        shard = active.shard
+        prompts = table[self._config.prompt.column].take(pa.array(rows, pa.int64())).to_pylist()
+        seeds = [row_seed(self._config.run.seed, shard.file, shard.first_row + row, 0) for row in rows]
         try:
             await self._rows.run(
-                [prompts[position] for position in todo],
+                prompts,
                 seeds,
-                lambda number, result: active.done(todo[number], result),
+                lambda number, result: active.done(rows[number], result),
+                lambda number, future: active.submitted(rows[number], future),
             )
         except EngineDeadError as error:
             self._die(error)
@@ -229,19 +289,25 @@ class ShardWorker:
         return await asyncio.get_running_loop().run_in_executor(self._io, work, *arguments)
 
     def _die(self, error: EngineDeadError) -> NoReturn:
-        """End the process, so that Ray starts a new actor. Finished rows are journalled and the death is noted first."""
+        """End the process, so that Ray starts a new actor. Finished rows are journalled, and who was in the step noted."""
         print(f"the engine died: {error}", file=sys.stderr, flush=True)
         try:
-            for active in self._active.values():
+            in_step = {active: active.in_step() for active in self._active.values()}
+            for active, rows in in_step.items():
                 _try_flush(active.journal)
-                if active.unfinished():
-                    self._output.note_death(active.shard.index, _one_line(error), active.unfinished())
+                if error.killed or rows or not any(in_step.values()):
+                    active.attempt.last_words(_one_line(error), error.killed, rows)
+                else:  # another shard's rows did it
+                    active.attempt.over()
         finally:
             os._exit(ENGINE_DIED)
 
     def report(self, board: ActorHandle[Any], name: str, flushed: bool) -> bool:
         """Tell the driver's board how far this worker is; flush the journals and return True when the job stops."""
         stats = self._engine.stats()
+        now = time.monotonic()
+        if stats.steps != self._steps or not stats.num_running + stats.num_waiting:
+            self._steps, self._stepped = stats.steps, now
         state = WorkerState(
             finished_rows=sum(len(active.finished) for active in list(self._active.values())),
             input_tokens=stats.prompt_tokens,
@@ -251,6 +317,10 @@ class ShardWorker:
             waiting=stats.num_waiting,
             kv_usage=stats.kv_usage,
             flushed=flushed,
+            stalled_s=round(now - self._stepped, 1),
+            node=ray.get_runtime_context().get_node_id(),
+            pid=os.getpid(),
+            birth=born(os.getpid()),
         )
         try:
             stopping = bool(ray.get(board.report.remote(name, state), timeout=10 * REPORT_S))

@@ -251,13 +251,15 @@ class MultiprocExecutor(Executor):
     def _dead(self, rank: int) -> EngineDeadError:
         """What happened to `rank`; the other ranks are killed, since they may wait for it forever."""
         process = self.processes[rank]
+        code = None
         try:
             code = process.wait(timeout=5)
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         except subprocess.TimeoutExpired:
             how = "closed its connection"
         self._kill_all()
-        return EngineDeadError(f"tensor-parallel rank {rank} (pid {process.pid}) {how}; the engine has stopped")
+        killed = code in (-signal.SIGKILL, -signal.SIGTERM)
+        return EngineDeadError(f"tensor-parallel rank {rank} (pid {process.pid}) {how}; the engine has stopped", killed)
 
     def _kill_all(self) -> None:
         for process in self.processes:

@@ -16,7 +16,8 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.executor import create_executor
 from nanovllm.engine.model_input import build_model_input, order_batch
 from nanovllm.engine.output_processor import OutputProcessor
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.poison import Poison
+from nanovllm.engine.scheduler import ScheduledSequence, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.errors import UserError
 from nanovllm.outputs import RequestOutput, error_output
@@ -56,6 +57,7 @@ class LLMEngine:
 
     def __init__(self, model: str, **options: Any) -> None:
         self.config = EngineConfig.create(model, **options)
+        self.poison = Poison.from_environment()
         self.model_config = check_model(self.config)
         positions = self.model_config.rope.max_position(self.model_config.max_position_embeddings)
         self.max_model_len = min(self.config.max_model_len, positions)
@@ -99,6 +101,8 @@ class LLMEngine:
             return error_output(problem, len(token_ids))
         room = min(self.max_model_len - len(token_ids), self._pool_tokens - len(token_ids) + 1)
         seq_id = next(self.counter)
+        if self.poison:
+            self.poison.look(seq_id, prompt)
         seed = params.seed
         if seed is None:
             seed = xxhash.xxh64_intdigest(seq_id.to_bytes(8, "little"), seed=self.config.seed) >> 1
@@ -127,8 +131,10 @@ class LLMEngine:
         """
         batch = order_batch(self.scheduler.schedule())
         if batch:
+            self.in_flight.append(batch)
+            if self.poison:
+                self.poison.strike(batch)
             self.executor.launch(build_model_input(batch))
-            self.in_flight.append([item.seq for item in batch if item.samples])
             self.steps += 1
         # Nothing to launch: what is in flight must come first.
         if self.in_flight and (not batch or len(self.in_flight) > self.config.async_scheduling):
@@ -139,7 +145,8 @@ class LLMEngine:
         """Read the oldest step in flight and apply the stop rules to its tokens."""
         tokens = self.executor.collect()
         finished: list[tuple[Sequence, RequestOutput]] = []
-        for seq, token_id in zip(self.in_flight.popleft(), tokens, strict=True):
+        sampled = [item.seq for item in self.in_flight.popleft() if item.samples]
+        for seq, token_id in zip(sampled, tokens, strict=True):
             seq.num_pending -= 1
             if seq.status is SequenceStatus.FINISHED:  # sampled before it was known that the sequence ends
                 continue
@@ -150,6 +157,10 @@ class LLMEngine:
                 self.cached_tokens += seq.num_cached_tokens
                 finished.append((seq, self.output_processor.output(seq)))
         return finished
+
+    def ids_in_step(self) -> set[int]:
+        """Ids of the sequences in steps that have begun and not ended: where the engine died, the ones that may have done it."""
+        return {item.seq.seq_id for batch in self.in_flight for item in batch}
 
     def stats(self) -> EngineStats:
         """Counters and state; cheap enough for every second."""
@@ -184,8 +195,8 @@ class LLMEngine:
         self.block_manager = BlockManager(
             self.executor.num_kvcache_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
         )
-        # The sequences that sample in each step that was launched and not read yet.
-        self.in_flight: deque[list[Sequence]] = deque()
+        # The batch of each step that was launched and not read yet.
+        self.in_flight: deque[list[ScheduledSequence]] = deque()
         self.scheduler = Scheduler(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.block_manager)
         self.output_processor = OutputProcessor(self.tokenizer, self.model_config.eos_token_ids)
 

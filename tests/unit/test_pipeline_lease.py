@@ -25,6 +25,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 import pipelines.lease
 from nanovllm import UserError
 from pipelines.lease import Lease, LeaseHeld, LeaseLost
+from pipelines.processes import home
 from pipelines.storage import Location, children, read, resolve
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -276,7 +277,7 @@ def test_of_starts_at_the_same_moment_exactly_one_wins(
         if number % 2:  # every other round they race for the claim of a dead one
             place.mkdir()
             says = {"holds": True, "beat": 9, "lease_s": 600, "host": "h", "since": "", "beaten": "", "born": "0"}
-            says |= {"pid": os.getpid(), "home": pipelines.lease._home()}
+            says |= {"pid": os.getpid(), "home": home()}
             (place / "lease-000004-abc.json").write_text(json.dumps(says))
         for racer in racers:
             racer.tell(str(place))

@@ -15,6 +15,7 @@ import pytest
 
 import pipelines.worker
 from nanovllm import EngineDeadError, RequestOutput, SamplingParams
+from pipelines.attempts import AttemptLog
 from pipelines.commit import Journal, OutputDirectory, read_journal
 from pipelines.inputs import list_dataset, measure
 from pipelines.job import JobConfig, build
@@ -43,7 +44,7 @@ class FakeEngine:
         self.prompts.append(prompt)
         future: Future[RequestOutput] = Future()
         if self.deadly and prompt == "row 5":
-            future.set_exception(EngineDeadError("poisoned"))
+            future.set_exception(EngineDeadError("poisoned", in_step=True))
             return future
         text = f"{prompt} {params.seed}"
         future.set_result(
@@ -79,10 +80,11 @@ class Bench:
         self.shards = list(cut(dataset.files, facts, 6, 6))
         self.output = OutputDirectory(self.config.output)
         owner = self.output.create({}, dataset.format, schema, self.shards)
-        self.task = Task(self.config.as_dict(), owner.token, dataset.root, dataset.format, schema, None)
+        settings = self.config.as_dict()
+        self.task = Task(settings, owner.token, "first", False, dataset.root, dataset.format, schema, None, FakeEngine)
 
-    def worker(self) -> tuple[ShardWorker, FakeEngine]:
-        worker = ShardWorker(self.task, None)  # type: ignore[arg-type]
+    def worker(self, **changes: Any) -> tuple[ShardWorker, FakeEngine]:
+        worker = ShardWorker(self.task._replace(**changes), None)  # type: ignore[arg-type]
         return worker, worker._engine  # type: ignore[return-value]
 
     def work(self, worker: ShardWorker, shard: Shard) -> dict[str, Any]:
@@ -97,7 +99,6 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     def leave(status: int) -> None:
         raise Exited(status)
 
-    monkeypatch.setattr(pipelines.worker, "AsyncLLM", FakeEngine)
     monkeypatch.setattr(pipelines.worker, "_report_regularly", lambda worker, board: None)
     monkeypatch.setattr(pipelines.worker.os, "_exit", leave)
     return Bench(tmp_path, run={"write_retries": 0, "max_engine_deaths": 2})
@@ -170,7 +171,8 @@ def test_a_store_that_refuses_is_fatal_and_harms_nothing(bench: Bench, monkeypat
     assert bench.output.committed() == {0}
 
 
-def test_a_dead_engine_ends_the_process_and_keeps_what_is_finished(bench: Bench) -> None:
+def test_a_failing_engine_ends_the_process_and_costs_one_row(bench: Bench) -> None:
+    """Two deaths in company, one alone, and then the row is poison; the rest is kept, or done in company."""
     shard = bench.shards[0]
     for death in (1, 2):
         worker, engine = bench.worker()
@@ -178,15 +180,52 @@ def test_a_dead_engine_ends_the_process_and_keeps_what_is_finished(bench: Bench)
         with pytest.raises(Exited) as left:
             bench.work(worker, shard)
         assert left.value.args == (ENGINE_DIED,)
-        assert bench.output.death_reasons(shard.index) == ["poisoned"] * death
         assert set(read_journal(bench.output.journal(shard.index), shard.rows)) == {0, 1, 2, 3, 4, 6}
         assert engine.prompts == ([f"row {number}" for number in range(shard.rows)] if death == 1 else ["row 5"])
     worker, engine = bench.worker()
-    result = bench.work(worker, shard)
-    assert result["status"] == "failed"
-    assert "the engine died 2 times on it, last: poisoned" in result["reason"]
+    assert bench.work(worker, shard)["status"] == "apart"
     assert engine.prompts == []
-    bench.output.forgive([shard.index])  # as the next start does
+    worker, engine = bench.worker(apart=True)
+    engine.deadly = True
+    with pytest.raises(Exited):
+        bench.work(worker, shard)
+    assert engine.prompts == ["row 5"]
+    worker, engine = bench.worker(apart=True)
+    result = bench.work(worker, shard)
+    assert (result["status"], result["counts"]["error_rows"], engine.prompts) == ("done", 1, [])
+    table = bench.output.read_part(shard.index, ["generated_text", "error"])
+    assert table["error"].to_pylist() == [None] * 5 + ["the engine died of this row: poisoned"] + [None] * (
+        shard.rows - 6
+    )
+    assert table["generated_text"].to_pylist()[:5] == expected_texts(shard)[:5]
+
+
+def test_another_start_forgives(bench: Bench) -> None:
+    shard = bench.shards[0]
+    for _ in range(2):
+        worker, engine = bench.worker()
+        engine.deadly = True
+        with pytest.raises(Exited):
+            bench.work(worker, shard)
+    worker, engine = bench.worker(start="another")
+    assert bench.work(worker, shard)["status"] == "done"
+    assert engine.prompts == ["row 5"]
+
+
+def test_a_shard_on_which_processes_vanish_without_end_is_given_up(bench: Bench) -> None:
+    shard = bench.shards[0]
+    for _ in range(2):
+        log = AttemptLog(bench.output.attempts(shard.index), bench.task.start)
+        log.read()
+        log.begin(0, None)
+        log.close()
+    worker, engine = bench.worker()
+    result = bench.work(worker, shard)
+    assert (result["status"], result["gave_up"], engine.prompts) == ("failed", True, [])
+    assert (
+        "the engine died 2 times on it and finished no row in between, last: its process vanished" in result["reason"]
+    )
+    worker, engine = bench.worker(start="another")
     assert bench.work(worker, shard)["status"] == "done"
 
 
