@@ -1,0 +1,81 @@
+"""Prompts that kill their engine, and actors that hang: what a job with them ends with, and what it costs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nanovllm.engine.poison import VARIABLE
+from tests.integration.jobs import SLOW, kill_everything, parts, report, run, start, table_of, wait_for
+
+POISONED = 123  # of the undisturbed dataset's rows, the one whose prompt holds "fox 123"
+
+
+@pytest.mark.parametrize(
+    ("how", "reason", "deaths"),
+    [("raise", "RuntimeError: poisoned", 4), ("kill", "its process vanished each time", 8)],
+)
+def test_a_prompt_that_kills_the_engine_is_one_error_row(
+    undisturbed: Path,
+    workplace: Path,
+    dataset: Path,
+    chat_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    reason: str,
+    deaths: int,
+) -> None:
+    output = workplace / f"poison-{how}"
+    monkeypatch.setenv(VARIABLE, f"{how}:fox {POISONED}")
+    done = run(["--model", str(chat_model_dir), "--input", str(dataset), "--output", str(output), *SLOW], workplace)
+    assert done.returncode == 0
+    assert "finished: 240 rows (3 with an error)" in done.stdout
+    rows, expected = table_of(output), table_of(undisturbed)
+    assert rows.schema == expected.schema
+    assert rows.slice(POISONED, 1).to_pylist()[0] | {"id": POISONED, "where": None, "tags": None} == {
+        **expected.slice(POISONED, 1).to_pylist()[0],
+        "generated_text": None,
+        "finish_reason": "error",
+        "num_input_tokens": 0,
+        "num_generated_tokens": 0,
+        "error": f"the engine died of this row: {reason}",
+        "where": None,
+        "tags": None,
+    }
+    others = [row for row in range(240) if row != POISONED]
+    assert rows.take(others).to_pylist() == expected.take(others).to_pylist()
+    engines = len(set(re.findall(r"MapWorker.* pid=(\d+).* KV blocks of", done.stdout + done.stderr)))
+    assert 2 <= engines - 1 <= deaths + 1  # an engine for every death, and one each to end the job's two passes
+
+
+def test_an_actor_that_hangs_is_replaced(
+    undisturbed: Path, workplace: Path, dataset: Path, chat_model_dir: Path
+) -> None:
+    output = workplace / "hung"
+    settings = [*SLOW, "run.hang_s=2"]
+    job = start(
+        ["--model", str(chat_model_dir), "--input", str(dataset), "--output", str(output), *settings], workplace
+    )
+    try:
+        wait_for(lambda: len(parts(output)) >= 1, job)
+        actors = [p for p in psutil.Process(job.pid).children(recursive=True) if "ShardWorker" in " ".join(p.cmdline())]
+        assert len(actors) == 1
+        os.kill(actors[0].pid, signal.SIGSTOP)
+        began = time.monotonic()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            actors[0].wait(timeout=60)  # 2 s of silence, a look every second, and a process that kills
+        print(f"ended after {time.monotonic() - began:.1f} s")
+        out, err = job.communicate(timeout=120)
+    finally:
+        if job.poll() is None:
+            kill_everything(job)
+    assert (job.returncode, f"killed pid {actors[0].pid} on node" in err) == (0, True)
+    assert parts(output) == parts(undisturbed)
+    assert report(output)["this_start"]["reused_rows"] > 0 or "resuming" not in out
