@@ -48,7 +48,7 @@ REPOSITORY = str(Path(__file__).resolve().parent.parent)
 FLUSH_S = 4.0  # how long a stopped job waits for its workers to flush
 FAILED = 1
 REFUSED = 2
-INIT_RETRIES = 2
+INIT_RETRIES = 3
 
 
 class JobFailed(Exception):
@@ -397,8 +397,12 @@ class Run:
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        context.actor_init_retry_on_errors = True
-        context.actor_init_max_retries = INIT_RETRIES
+        # A constructor that failed is tried again in a new process, which finds the memory of the old one free. The budget is the
+        # pool's, and starts anew with every engine that loads.
+        context.max_consecutive_actor_init_deaths = INIT_RETRIES * self._placement.max_actors
+        # Shards queue for every actor (below: one more in flight than run at a time) while there are any: then the pool grows up to its
+        # maximum, as far as there are GPUs now. It never waits for its minimum.
+        context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
         context.execution_no_progress_timeout_s = -1  # a shard may take hours on a small machine
         nodes = max(1, sum(node["Alive"] for node in ray.nodes()))
         task = Task(
