@@ -2,17 +2,20 @@
 
 `full`: a simulated engine of fixed step time and heavy-tailed output lengths, a whole job of many shards an actor; slot use and
 makespan beside the same engines given all their rows at once. `demo`: the same with the real engine and the demo model on CPUs.
-`driver`: engines that answer at once, so that the control plane is all there is. `plan`: a plan of many shards, none of them run.
+`driver`: engines that answer at once, so that the control plane is all there is. `start`: the same with plans of many shards, only the
+first of which are run.
 Every case is a process of its own, with a Ray of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -32,6 +35,7 @@ from common import ROOT, end_on_sigterm, run_process, save
 from nanovllm import SamplingParams
 from nanovllm.engine.llm_engine import EngineStats
 from nanovllm.outputs import RequestOutput
+from pipelines.stop import Stopped
 
 DEMO = ROOT / "pipelines" / "demo"
 DRIVER_ROWS = 1000  # of a shard where the driver's cost is measured
@@ -375,7 +379,7 @@ def demo_summary(records: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def case_driver(case: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """A job whose engines answer at once."""
+    """A job whose engines answer at once; stopped where it has committed `stop_at` shards."""
     records = directory / "records"
     records.mkdir()
     options = {"records": records, "engines": case["actors"], "step_s": 1.0, "steps_of": instant}
@@ -384,8 +388,18 @@ def case_driver(case: dict[str, Any], directory: Path) -> dict[str, Any]:
         "engine": {"device": "cpu", "max_num_seqs": min(256, case["shard_rows"])},
         "run": {"replicas": case["actors"], "shard_rows": case["shard_rows"]},
     }
-    shards = run_pipeline(directory, settings, functools.partial(SimulatedEngine, **options))
-    return {"shards_planned": shards}
+    if "stop_at" in case:
+        threading.Thread(target=_stop_at, args=(directory / "out", case["stop_at"]), daemon=True).start()
+    with contextlib.suppress(Stopped):
+        run_pipeline(directory, settings, functools.partial(SimulatedEngine, **options))
+    return {}
+
+
+def _stop_at(output: Path, shards: int) -> None:
+    """Thread: stop the job as a user does."""
+    while sum(1 for _ in output.glob("part-*")) < shards:
+        time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 CASES: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
@@ -530,12 +544,19 @@ def driver(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         )
 
 
-SECTIONS = {"full": full, "demo": demo, "driver": driver}
+def start(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """From the start of the driver to the first shard of a large plan, and the driver's memory then."""
+    for shards in (1000, 10_000, 40_000):
+        row = run_case("driver", {"actors": 1, "shards": shards, "shard_rows": 1, "stop_at": 200}, True)
+        yield {key: row[key] for key in ("shards", "first_shard_s", "driver_rss_mb_at_first_shard")}
+
+
+SECTIONS = {"full": full, "demo": demo, "driver": driver, "start": start}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", nargs="+", choices=sorted(SECTIONS), default=["full", "demo", "driver"])
+    parser.add_argument("--sections", nargs="+", choices=sorted(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--actors", type=int, nargs="+")
     parser.add_argument("--shards", type=int, default=400, help="of a job whose driver is measured")
     parser.add_argument("--shard-rows", type=int, default=DRIVER_ROWS, help="rows of each of those")

@@ -340,8 +340,10 @@ class OutputDirectory:
 
     def forgive(self, indexes: Sequence[int]) -> None:
         """Forget the deaths of shards that a new start tries again."""
-        for index in indexes:
-            delete_tree(self.deaths(index))
+        deaths = {self.deaths(index).path for index in indexes}
+        for entry in children(self.run.child("journal")):  # one request, not one for each shard of a plan
+            if entry.path in deaths:
+                delete_tree(Location(self.place.fs, entry.path))
 
     def has_token(self, token: str) -> bool:
         """Whether this process sees the directory that the driver wrote, and not another one of the same name."""

@@ -391,6 +391,7 @@ class Run:
         import ray
         from ray.data import ActorPoolStrategy, DataContext
 
+        from pipelines.source import stream_shards
         from pipelines.worker import ShardResult, ShardWorker, Task
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -415,9 +416,7 @@ class Run:
             self._engine,
         )
         at_once = self._config.run.shards_in_flight
-        dataset = ray.data.from_items(
-            [asdict(shard) for shard in pending], override_num_blocks=len(pending)
-        ).map_batches(
+        dataset = stream_shards(pending).map_batches(
             ShardWorker,
             fn_constructor_args=(task, board),
             batch_size=1,
@@ -565,11 +564,13 @@ def _root_cause(error: BaseException) -> str:
     """The engine's or worker's own words, from inside what Ray wraps around them."""
     while True:
         inner = getattr(error, "cause", None) or error.__cause__
-        if not isinstance(inner, BaseException):
+        # Ray Data puts a SystemException behind what did not come from a call of the worker: a mark, no cause.
+        if not isinstance(inner, BaseException) or type(inner).__name__ == "SystemException":
             break
         error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    # A failed constructor comes as the text of its traceback.
+    return lines[-1].removeprefix("nanovllm.errors.UserError: ") if lines else type(error).__name__
 
 
 def _one_line(error: BaseException) -> str:
