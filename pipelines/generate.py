@@ -50,7 +50,7 @@ REPOSITORY = str(Path(__file__).resolve().parent.parent)
 FLUSH_S = 4.0  # how long a stopped job waits for its workers to flush
 FAILED = 1
 REFUSED = 2
-INIT_RETRIES = 2
+INIT_RETRIES = 3
 MAX_GIVEN_UP = 3  # shards in a row given up because engines died: then it is not the rows
 
 
@@ -404,14 +404,19 @@ class Run:
         import ray
         from ray.data import ActorPoolStrategy, DataContext
 
+        from pipelines.source import stream_shards
         from pipelines.worker import ShardResult, ShardWorker, Task
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        context.actor_init_retry_on_errors = True
-        context.actor_init_max_retries = INIT_RETRIES
+        # A constructor that failed is tried again in a new process, which finds the memory of the old one free. The budget is the
+        # pool's, and starts anew with every engine that loads.
+        context.max_consecutive_actor_init_deaths = INIT_RETRIES * self._placement.max_actors
+        # Shards queue for every actor (below: one more in flight than run at a time) while there are any: then the pool grows up to its
+        # maximum, as far as there are GPUs now. It never waits for its minimum.
+        context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
         context.execution_no_progress_timeout_s = -1  # a shard may take hours on a small machine
         nodes = max(1, sum(node["Alive"] for node in ray.nodes()))
         task = Task(
@@ -426,9 +431,7 @@ class Run:
             self._engine,
         )
         at_once = 1 if apart else self._config.run.shards_in_flight
-        dataset = ray.data.from_items(
-            [asdict(shard) for shard in pending], override_num_blocks=len(pending)
-        ).map_batches(
+        dataset = stream_shards(pending).map_batches(
             ShardWorker,
             fn_constructor_args=(task, board),
             batch_size=1,
@@ -583,11 +586,13 @@ def _root_cause(error: BaseException) -> str:
     """The engine's or worker's own words, from inside what Ray wraps around them."""
     while True:
         inner = getattr(error, "cause", None) or error.__cause__
-        if not isinstance(inner, BaseException):
+        # Ray Data puts a SystemException behind what did not come from a call of the worker: a mark, no cause.
+        if not isinstance(inner, BaseException) or type(inner).__name__ == "SystemException":
             break
         error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    # A failed constructor comes as the text of its traceback.
+    return lines[-1].removeprefix("nanovllm.errors.UserError: ") if lines else type(error).__name__
 
 
 def _one_line(error: BaseException) -> str:

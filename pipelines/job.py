@@ -81,7 +81,7 @@ class RunConfig(_Section):
     shard_rows: int = Field(
         default=1000, ge=1, description="Most rows of a shard, the unit of commit; fewer at the job's end."
     )
-    shards_in_flight: int = Field(default=4, ge=1, description="Shards an actor works on at a time.")
+    shards_in_flight: int = Field(default=8, ge=1, description="Shards an actor works on at a time.")
     journal_flush_s: float = Field(
         default=5.0, gt=0, description="Seconds between flushes of finished rows to the journal."
     )

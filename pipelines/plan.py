@@ -37,6 +37,9 @@ SPEED_OPTIONS = {
     "trust_remote_code",
 }
 SAMPLED_BYTES = 1 << 20
+# A shard stays in flight until its longest row is done, most of its rows having ended long before. So an engine is full while its shards
+# in flight hold as many batches as the longest row is longer than the mean one; outputs whose lengths differ by more than this are rare.
+BATCHES_IN_FLIGHT = 8
 
 Identity = dict[str, Any]
 
@@ -120,8 +123,8 @@ def _bytes(fact: FileFacts, start: int, end: int) -> tuple[int, int]:
 
 
 def make_shards(config: JobConfig, files: Sequence[InputFile], facts: Sequence[FileFacts]) -> list[Shard]:
-    """The shards of a job. The smallest ones still fill an engine's batch when `shards_in_flight` of them run together."""
-    least = -(-config.engine.max_num_seqs // config.run.shards_in_flight)
+    """The shards of a job. `shards_in_flight` of the smallest ones still keep an engine full."""
+    least = -(-BATCHES_IN_FLIGHT * config.engine.max_num_seqs // config.run.shards_in_flight)
     return list(cut(files, facts, config.run.shard_rows, min(least, config.run.shard_rows)))
 
 

@@ -40,12 +40,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
+def start(arguments: list[str], cwd: Path, **variables: str) -> subprocess.Popen[str]:
     """Start a job in a process group of its own. `cwd` is not the repository: nothing may depend on it."""
     return subprocess.Popen(
         [sys.executable, str(GENERATE), *arguments],
         cwd=cwd,
-        env=environment(),
+        env={**environment(), **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
