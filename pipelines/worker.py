@@ -6,6 +6,7 @@ Ray Data calls it with several shards at a time; all their rows are one continuo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -17,7 +18,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import pyarrow as pa
 import ray
@@ -32,6 +33,8 @@ from pipelines.plan import SHARD_SCHEMA, Shard
 from pipelines.progress import WorkerState
 from pipelines.rows import Engine, RowPath, RowResult, result_table, row_seed
 from pipelines.storage import Location
+
+T = TypeVar("T")
 
 REPORT_S = 1.0
 READ_RETRIES = 3  # for stores that fail now and then; a local disk that fails once fails again
@@ -106,7 +109,7 @@ class ShardWorker:
         self._config: JobConfig = build(task.settings)
         self._task = task
         self._output = OutputDirectory(self._config.output)
-        if not self._output.has_token(task.token):
+        if not self._patiently(self._output.has_token, task.token):
             raise UserError(
                 f"output {self._config.output!r} on node {socket.gethostname()} is not the directory that the driver "
                 "wrote; use a directory that all nodes share, or an object store"
@@ -149,14 +152,15 @@ class ShardWorker:
             return ShardResult(shard.index, status, reason, None, 0, round(time.monotonic() - started, 3), self._name)
 
         try:
-            earlier = await self._off_loop(self._earlier, shard)
+            earlier = await self._off_loop(self._patiently, self._earlier, shard)
             if earlier is not None:
                 return replace(result("done"), counts=earlier.as_dict(), reused_rows=shard.rows)
-            deaths = await self._off_loop(self._output.death_reasons, shard.index)
+            deaths = await self._off_loop(self._patiently, self._output.death_reasons, shard.index)
             if len(deaths) >= self._config.run.max_engine_deaths:
                 return result("failed", f"the engine died {len(deaths)} times on it, last: {deaths[-1]}")
             table = await self._off_loop(self._read, shard)
-            finished = await self._off_loop(read_journal, self._output.journal(shard.index), shard.rows)
+            journal = self._output.journal(shard.index)
+            finished = await self._off_loop(self._patiently, read_journal, journal, shard.rows)
         except (OSError, pa.ArrowException) as error:
             return result("failed", _one_line(error))
         reused = len(finished)
@@ -214,7 +218,11 @@ class ShardWorker:
                 raise OSError(f"{shard.file} had {shard.size} bytes when it was planned and {now}")
             return read_rows(self._task.root, self._task.format, shard.row_range, self._schema)
 
-        return retrying(read, 0 if place.renames else READ_RETRIES)
+        return retrying(read, 0 if place.appends else READ_RETRIES)
+
+    def _patiently(self, ask: Callable[..., T], *arguments: Any) -> T:
+        """Ask the output again where it fails, as often as a failing write is tried."""
+        return retrying(lambda: ask(*arguments), self._config.run.write_retries)
 
     def _commit(self, shard: Shard, table: pa.Table, results: list[RowResult]) -> Counts:
         columns = self._config.columns
@@ -230,7 +238,7 @@ class ShardWorker:
 
     def _die(self, error: EngineDeadError) -> NoReturn:
         """End the process, so that Ray starts a new actor. Finished rows are journalled and the death is noted first."""
-        print(f"the engine died: {error}", file=sys.stderr, flush=True)
+        _say(f"the engine died: {error}")
         try:
             for active in self._active.values():
                 _try_flush(active.journal)
@@ -287,7 +295,13 @@ def _try_flush(journal: Journal) -> None:
     try:
         journal.flush()
     except OSError as error:
-        print(f"journal not written, will be tried again: {_one_line(error)}", file=sys.stderr, flush=True)
+        _say(f"journal not written, will be tried again: {_one_line(error)}")
+
+
+def _say(line: str) -> None:
+    """Write to the worker's log; a full disk there must not end what a full disk elsewhere does not."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _one_line(error: BaseException) -> str:
