@@ -65,10 +65,12 @@ def resolve(address: str) -> Location:
     """
     if "://" not in address:
         return Location(pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(address)))
-    uri = quote(address, safe="%:/?#@!$&'()*+,;=~")  # spaces and the brackets of a glob, which no URI may hold
-    if address.startswith("s3://") and "allow_delayed_open=" not in address:
+    place, query = split_query(address)
+    # Spaces and the brackets and question marks of a glob: a URI has no room for them in a path.
+    uri = quote(place, safe="%:/#@!$&'()*+,;=~") + query
+    if address.startswith("s3://") and "allow_delayed_open=" not in query:
         # What fits into one part is then one request and not three, and a process that is killed leaves no upload open.
-        uri += ("&" if split_query(address)[1] else "?") + "allow_delayed_open=true"
+        uri += ("&" if query else "?") + "allow_delayed_open=true"
     try:
         fs, path = pafs.FileSystem.from_uri(uri)
         return Location(fs, path.rstrip("/") or path)

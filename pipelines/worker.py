@@ -37,7 +37,6 @@ from pipelines.storage import Location
 T = TypeVar("T")
 
 REPORT_S = 1.0
-READ_RETRIES = 3  # for stores that fail now and then; a local disk that fails once fails again
 IO_THREADS = 4
 ENGINE_DIED = 70  # exit status of an actor whose engine died (EX_SOFTWARE)
 
@@ -210,18 +209,15 @@ class ShardWorker:
 
     def _read(self, shard: Shard) -> pa.Table:
         place = self._task.root.child(shard.file)
-
-        def read() -> pa.Table:
-            size = place.fs.get_file_info(place.path).size
-            if size != shard.size:
-                now = "is gone" if size is None else f"has {size} bytes"
-                raise OSError(f"{shard.file} had {shard.size} bytes when it was planned and {now}")
-            return read_rows(self._task.root, self._task.format, shard.row_range, self._schema)
-
-        return retrying(read, 0 if place.appends else READ_RETRIES)
+        retries = 0 if place.appends else self._config.run.write_retries  # a local disk that fails once fails again
+        size = retrying(lambda: place.fs.get_file_info(place.path).size, retries)
+        if size != shard.size:
+            now = "is gone" if size is None else f"has {size} bytes"
+            raise OSError(f"{shard.file} had {shard.size} bytes when it was planned and {now}")
+        return retrying(lambda: read_rows(self._task.root, self._task.format, shard.row_range, self._schema), retries)
 
     def _patiently(self, ask: Callable[..., T], *arguments: Any) -> T:
-        """Ask the output again where it fails, as often as a failing write is tried."""
+        """Ask the output, again where it fails, as often as a failing write is tried again."""
         return retrying(lambda: ask(*arguments), self._config.run.write_retries)
 
     def _commit(self, shard: Shard, table: pa.Table, results: list[RowResult]) -> Counts:

@@ -47,7 +47,7 @@ def test_globs_of_addresses(tmp_path: Path) -> None:
         (tmp_path / name).write_text("prompt\nx\n")
     assert [file.path for file in list_dataset(f"file://{tmp_path}/a?.csv").files] == ["a1.csv", "a2.csv"]
     assert [file.path for file in list_dataset(f"file://{tmp_path}/[bc]?1.csv").files] == ["c 1.csv"]
-    assert resolve("s3://bucket/a b/[c]?region=us-east-1").path == "bucket/a b/[c]"
+    assert resolve("s3://bucket/a b/[c]?d?region=us-east-1").path == "bucket/a b/[c]?d"
 
 
 @pytest.mark.parametrize("address", ["s3://key:very-secret@b/x", "sftp://me:very-secret@host/x"])
