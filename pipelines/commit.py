@@ -13,6 +13,7 @@ Workers journal and commit through `OutputDirectory`; the driver creates it, ask
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import struct
@@ -75,7 +76,7 @@ class RecordLog:
         try:
             stream = self._stream or self._open()
             stream.write(record)
-            if self._directory.renames:
+            if self._directory.appends:
                 stream.flush()
                 self._stream = stream
             else:
@@ -92,10 +93,11 @@ class RecordLog:
         return self._directory.fs.open_output_stream(path)
 
     def close(self) -> None:
-        """Close the current file."""
+        """Close the current file. Every record in it has been flushed: a failure now says nothing about them."""
         stream, self._stream = self._stream, None
         if stream is not None:
-            stream.close()
+            with contextlib.suppress(OSError):
+                stream.close()
 
 
 def read_records(directory: Location) -> Iterator[bytes]:
@@ -264,17 +266,18 @@ class OutputDirectory:
         """Whether an earlier start finished the job."""
         return exists(self.place.child("_SUCCESS"))
 
-    def finish(self, shards: Sequence[Shard], confirm: Callable[[], object] = lambda: None) -> None:
+    def finish(self, shards: Sequence[Shard], confirm: Callable[[], object] = lambda: None, retries: int = 0) -> None:
         """Check that every planned shard has a file with its number of rows, mark success, and tidy up.
 
         `confirm` is called between the check, which takes a while, and the mark, and raises where the mark is not due.
+        `retries` is how often each request that fails is made again.
 
         Raises:
             OSError: a file is missing, unreadable or has another number of rows; nothing is marked.
         """
 
         def rows_are(shard: Shard) -> bool:
-            return self.part_rows(shard.index) == shard.rows
+            return retrying(lambda: self.part_rows(shard.index), retries) == shard.rows
 
         with ThreadPoolExecutor(CHECK_THREADS) as pool:
             for shard, right in zip(shards, pool.map(rows_are, shards), strict=True):
@@ -282,9 +285,11 @@ class OutputDirectory:
                     raise OSError(f"{self.part(shard.index).path} does not hold the {shard.rows} rows planned for it")
         confirm()
         summary = {"rows": sum(shard.rows for shard in shards), "files": len(shards)}
-        put(self.place.child("_SUCCESS"), json.dumps(summary).encode() + b"\n", self._scratch)
-        delete_tree(self.run.child("journal"))
-        delete_tree(self._scratch)
+        mark = json.dumps(summary).encode() + b"\n"
+        retrying(lambda: put(self.place.child("_SUCCESS"), mark, self._scratch), retries)
+        with contextlib.suppress(OSError):  # what is left over harms nobody
+            delete_tree(self.run.child("journal"))
+            delete_tree(self._scratch)
 
     # What workers ask
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = str(Path(__file__).resolve().parent.parent)
 FLUSH_S = 4.0  # how long a stopped job waits for its workers to flush
+MEND = "mend it and start the same command again to go on"
 FAILED = 1
 REFUSED = 2
 INIT_RETRIES = 3
@@ -80,8 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return REFUSED
-    except (JobFailed, LeaseLost, OSError) as error:
+    except (JobFailed, LeaseLost) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        print(f"error: input or output failed: {_one_line(error)}; {MEND}", file=sys.stderr)
         return FAILED
     except (Stopped, KeyboardInterrupt):
         print(f"error: stopped; {GO_ON}", file=sys.stderr)
@@ -274,7 +278,8 @@ def _take_possession(job: Job, output: OutputDirectory, lease: Lease) -> JobFile
     """Write the plan where this is the job's first start, and the settings of this start."""
     lease.check()
     owner = job.owner or output.create(job.identity, job.dataset.format, job.schema, job.shards)
-    output.put_run("config.yaml", job.config.as_yaml().encode())
+    retries = job.config.run.write_retries
+    retrying(lambda: output.put_run("config.yaml", job.config.as_yaml().encode()), retries)
     return owner
 
 
@@ -452,7 +457,7 @@ class Run:
         """Count a shard that a worker is done with."""
         self._lease.check()
         if result.status == "fatal":
-            raise JobFailed(f"{result.reason}; mend it and start the same command again")
+            raise JobFailed(f"{result.reason}; {MEND}")
         if result.status == "apart":
             self._apart.append(shard)
             return
@@ -507,7 +512,8 @@ class Run:
             JobFailed: a shard failed, or a file is not as planned.
             LeaseLost: another start took over.
         """
-        counts = self._count()
+        retries = self._config.run.write_retries
+        counts = retrying(self._count, retries)
         status = "failed" if self._failures else "finished"
         report = build_report(
             status=status,
@@ -523,12 +529,12 @@ class Run:
         )
         try:
             self._confirm()
-            self._output.put_run("report.json", to_json(report))
-            self._output.put_run("report.html", to_html(report))
+            retrying(lambda: self._output.put_run("report.json", to_json(report)), retries)
+            retrying(lambda: self._output.put_run("report.html", to_html(report)), retries)
             if not self._failures:
-                self._output.finish(self._job.shards, self._confirm)
+                self._output.finish(self._job.shards, self._confirm, retries)
         except OSError as error:
-            raise JobFailed(f"the job could not be finished: {_one_line(error)}") from None
+            raise JobFailed(f"the job could not be finished: {_one_line(error)}; {MEND}") from None
         if self._failures:
             where, reason = next(iter(self._failures.items()))
             raise JobFailed(
@@ -551,7 +557,7 @@ class Run:
             OSError: the store does not say.
         """
         retrying(self._lease.confirm, self._config.run.write_retries)
-        if self._output.succeeded():
+        if retrying(self._output.succeeded, self._config.run.write_retries):
             raise LeaseLost(
                 f"output {self._config.output!r} was finished by another start while this one was suspended"
             )

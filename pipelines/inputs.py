@@ -18,7 +18,7 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from nanovllm import UserError
-from pipelines.storage import Location, resolve
+from pipelines.storage import Location, resolve, split_query
 
 Format = Literal["parquet", "jsonl", "csv"]
 
@@ -94,7 +94,7 @@ def list_dataset(address: str) -> Dataset:
 
 def _find(address: str) -> tuple[Location, list[pafs.FileInfo]]:
     """The root of the dataset and its data files, unsorted."""
-    pattern = WILDCARDS.search(address.split("://", 1)[-1])
+    pattern = WILDCARDS.search(split_query(address)[0].split("://", 1)[-1])
     try:
         if pattern:
             return _glob(address)
@@ -110,10 +110,11 @@ def _find(address: str) -> tuple[Location, list[pafs.FileInfo]]:
 
 
 def _glob(address: str) -> tuple[Location, list[pafs.FileInfo]]:
-    scheme, separator, path = address.rpartition("://")
+    path_of, query = split_query(address)
+    scheme, separator, path = path_of.rpartition("://")
     parts = path.split("/")
     first = next(number for number, part in enumerate(parts) if WILDCARDS.search(part))
-    root = resolve(scheme + separator + ("/".join(parts[:first]) or "/"))
+    root = resolve(scheme + separator + ("/".join(parts[:first]) or "/") + query)
     if root.fs.get_file_info(root.path).type != pafs.FileType.Directory:
         raise UserError(f"input {address!r}: the directory {root.path!r} does not exist")
     matches = re.compile(_glob_pattern(parts[first:])).fullmatch

@@ -86,7 +86,7 @@ class RunConfig(_Section):
         default=5.0, gt=0, description="Seconds between flushes of finished rows to the journal."
     )
     write_retries: int = Field(
-        default=6, ge=0, description="Retries of a failing write, 1 s after the first, then doubling."
+        default=6, ge=0, description="Retries of a failing request to a store, 1 s after the first, then doubling."
     )
     lease_s: float = Field(
         default=10.0,

@@ -6,6 +6,7 @@ Ray Data calls it with several shards at a time; all their rows are one continuo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -17,7 +18,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import pyarrow as pa
 import ray
@@ -35,8 +36,9 @@ from pipelines.progress import WorkerState
 from pipelines.rows import Engine, RowPath, RowResult, failed_row, result_table, row_seed
 from pipelines.storage import Location
 
+T = TypeVar("T")
+
 REPORT_S = 1.0
-READ_RETRIES = 3  # for stores that fail now and then; a local disk that fails once fails again
 IO_THREADS = 4
 LAST_WORDS_S = 5.0
 ENGINE_DIED = 70  # exit status of an actor whose engine died (EX_SOFTWARE)
@@ -135,7 +137,7 @@ class ShardWorker:
         self._config: JobConfig = build(task.settings)
         self._task = task
         self._output = OutputDirectory(self._config.output)
-        if not self._output.has_token(task.token):
+        if not self._patiently(self._output.has_token, task.token):
             raise UserError(
                 f"output {self._config.output!r} on node {socket.gethostname()} is not the directory that the driver "
                 "wrote; use a directory that all nodes share, or an object store"
@@ -181,12 +183,13 @@ class ShardWorker:
 
         attempt = AttemptLog(self._output.attempts(shard.index), self._task.start)
         try:
-            earlier = await self._off_loop(self._earlier, shard)
+            earlier = await self._off_loop(self._patiently, self._earlier, shard)
             if earlier is not None:
                 return replace(result("done"), counts=earlier.as_dict(), reused_rows=shard.rows)
-            past = await self._off_loop(attempt.read)
+            past = await self._off_loop(self._patiently, attempt.read)
             table = await self._off_loop(self._read, shard)
-            finished = await self._off_loop(read_journal, self._output.journal(shard.index), shard.rows)
+            journal = self._output.journal(shard.index)
+            finished = await self._off_loop(self._patiently, read_journal, journal, shard.rows)
         except (OSError, pa.ArrowException) as error:
             return result("failed", _one_line(error))
         reused = len(finished)
@@ -203,7 +206,7 @@ class ShardWorker:
             await self._generate(active, table, found)
             if len(finished) < shard.rows:
                 await self._off_loop(_try_flush, active.journal)
-                await self._off_loop(attempt.over)
+                await self._off_loop(self._patiently, attempt.over)
                 return result("apart", f"{shard.rows - len(finished)} rows were in a step when the engine died")
             counts = await self._off_loop(self._commit, shard, table, [finished[row] for row in range(shard.rows)])
         except OSError as error:
@@ -234,7 +237,7 @@ class ShardWorker:
             active.journal.flush()
             active.attempt.begin(len(active.finished), group)
 
-        await self._off_loop(retrying, write, self._config.run.write_retries)
+        await self._off_loop(self._patiently, write)
 
     async def _run_rows(self, active: _Active, table: pa.Table, rows: list[int]) -> None:
         """Generate for the rows at some positions of a shard."""
@@ -266,15 +269,16 @@ class ShardWorker:
 
     def _read(self, shard: Shard) -> pa.Table:
         place = self._task.root.child(shard.file)
+        retries = 0 if place.appends else self._config.run.write_retries  # a local disk that fails once fails again
+        size = retrying(lambda: place.fs.get_file_info(place.path).size, retries)
+        if size != shard.size:
+            now = "is gone" if size is None else f"has {size} bytes"
+            raise OSError(f"{shard.file} had {shard.size} bytes when it was planned and {now}")
+        return retrying(lambda: read_rows(self._task.root, self._task.format, shard.row_range, self._schema), retries)
 
-        def read() -> pa.Table:
-            size = place.fs.get_file_info(place.path).size
-            if size != shard.size:
-                now = "is gone" if size is None else f"has {size} bytes"
-                raise OSError(f"{shard.file} had {shard.size} bytes when it was planned and {now}")
-            return read_rows(self._task.root, self._task.format, shard.row_range, self._schema)
-
-        return retrying(read, 0 if place.renames else READ_RETRIES)
+    def _patiently(self, ask: Callable[..., T], *arguments: Any) -> T:
+        """Ask the output, again where it fails, as often as a failing write is tried again."""
+        return retrying(lambda: ask(*arguments), self._config.run.write_retries)
 
     def _commit(self, shard: Shard, table: pa.Table, results: list[RowResult]) -> Counts:
         columns = self._config.columns
@@ -290,7 +294,7 @@ class ShardWorker:
 
     def _die(self, error: EngineDeadError) -> NoReturn:
         """End the process, so that Ray starts a new actor. Finished rows are journalled, and who was in the step noted."""
-        print(f"the engine died: {error}", file=sys.stderr, flush=True)
+        _say(f"the engine died: {error}")
         try:
             in_step = {active: active.in_step() for active in self._active.values()}
             for active, rows in in_step.items():
@@ -357,7 +361,13 @@ def _try_flush(journal: Journal) -> None:
     try:
         journal.flush()
     except OSError as error:
-        print(f"journal not written, will be tried again: {_one_line(error)}", file=sys.stderr, flush=True)
+        _say(f"journal not written, will be tried again: {_one_line(error)}")
+
+
+def _say(line: str) -> None:
+    """Write to the worker's log; a full disk there must not end what a full disk elsewhere does not."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _one_line(error: BaseException) -> str:
