@@ -208,10 +208,12 @@ class ShardWorker:
         place = self._task.root.child(shard.file)
 
         def read() -> pa.Table:
-            size = place.fs.get_file_info(place.path).size
-            if size != shard.size:
-                now = "is gone" if size is None else f"has {size} bytes"
+            info = place.fs.get_file_info(place.path)
+            if info.size != shard.size:
+                now = "is gone" if info.size is None else f"has {info.size} bytes"
                 raise OSError(f"{shard.file} had {shard.size} bytes when it was planned and {now}")
+            if place.renames and shard.mtime_ns and info.mtime_ns != shard.mtime_ns:  # object stores round theirs
+                raise OSError(f"{shard.file} was written again since it was planned")
             return read_rows(self._task.root, self._task.format, shard.row_range, self._schema)
 
         return retrying(read, 0 if place.renames else READ_RETRIES)
