@@ -4,7 +4,7 @@ Workers journal and commit through `OutputDirectory`; the driver creates it, ask
 
     OUT/part-00000.parquet ...   committed shards, one file each, named by the plan
     OUT/_SUCCESS                 every shard is there and the row counts add up
-    OUT/_run/                    job.json, plan.parquet, config.yaml, report.json, report.html
+    OUT/_run/                    job.json, plan.parquet, input.parquet, config.yaml, report.json, report.html
     OUT/_run/journal/<shard>/    finished rows of shards in flight, one file an attempt; <shard>.attempts: see `attempts`
     OUT/_run/ledger/             what each committed shard counted, one file a driver
     OUT/_run/lease-*.json        who writes here; see `lease`
@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from nanovllm import UserError
-from pipelines.plan import Shard, shards_from_table, shards_to_table
+from pipelines.inputs import InputFile
+from pipelines.plan import Shard, files_from_table, files_to_table, shards_from_table, shards_to_table
 from pipelines.rows import RowResult, results_from_table, results_to_table
 from pipelines.storage import Location, children, delete_tree, exists, kind, put, read, resolve
 
@@ -39,7 +40,7 @@ T = TypeVar("T")
 MAGIC = b"nvR1"
 HEADER = struct.Struct("<4sQQ")  # magic, length of the payload, xxh64 of the payload
 CHECK_THREADS = 32
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 
 class JobFile(NamedTuple):
@@ -227,8 +228,15 @@ class OutputDirectory:
         schema = pq.read_schema(pa.BufferReader(read(self.run.child("schema.parquet"))))
         return JobFile(data["identity"], data["format"], schema.remove_metadata(), data["token"])
 
-    def create(self, identity: dict[str, Any], file_format: str, schema: pa.Schema, shards: Sequence[Shard]) -> JobFile:
-        """Make the directory and store the plan; `job.json`, the mark of ownership, comes last.
+    def create(
+        self,
+        identity: dict[str, Any],
+        file_format: str,
+        schema: pa.Schema,
+        shards: Sequence[Shard],
+        files: Sequence[InputFile] = (),
+    ) -> JobFile:
+        """Make the directory and store the plan and the input files; `job.json`, the mark of ownership, comes last.
 
         Raises:
             UserError: it cannot be written.
@@ -238,6 +246,7 @@ class OutputDirectory:
         try:
             self.place.fs.create_dir(self.run.path, recursive=True)
             self.put_run("schema.parquet", parquet_bytes(schema.empty_table()))
+            self.put_run("input.parquet", parquet_bytes(files_to_table(files)))
             self.put_run("plan.parquet", parquet_bytes(shards_to_table(shards)))
             self.put_run("job.json", json.dumps(job).encode())
         except OSError as error:
@@ -248,6 +257,10 @@ class OutputDirectory:
     def shards(self) -> list[Shard]:
         """The plan."""
         return shards_from_table(pq.read_table(pa.BufferReader(read(self.run.child("plan.parquet")))))
+
+    def files(self) -> list[InputFile]:
+        """The input files as they were planned."""
+        return files_from_table(pq.read_table(pa.BufferReader(read(self.run.child("input.parquet")))))
 
     def committed(self) -> set[int]:
         """Indexes of the shards that have their file."""

@@ -131,7 +131,7 @@ def check(config: JobConfig, output: OutputDirectory) -> Job:
     owner = output.job()
     now = identity(config, dataset)
     if owner is not None:
-        differing = differences(owner.identity, json.loads(json.dumps(now)))
+        differing = differences(owner.identity, json.loads(json.dumps(now)), output.files, dataset.files)
         if differing:
             more = f" (and {len(differing) - 1} more differences)" if len(differing) > 1 else ""
             raise UserError(
@@ -277,7 +277,7 @@ def _run_alone(
 def _take_possession(job: Job, output: OutputDirectory, lease: Lease) -> JobFile:
     """Write the plan where this is the job's first start, and the settings of this start."""
     lease.check()
-    owner = job.owner or output.create(job.identity, job.dataset.format, job.schema, job.shards)
+    owner = job.owner or output.create(job.identity, job.dataset.format, job.schema, job.shards, job.dataset.files)
     retries = job.config.run.write_retries
     retrying(lambda: output.put_run("config.yaml", job.config.as_yaml().encode()), retries)
     return owner

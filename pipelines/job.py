@@ -63,6 +63,12 @@ def _replicas(value: Any) -> Any:
     raise ValueError("must be a number of actors of at least 1, [min,max], or auto")
 
 
+def _shard_rows(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("must be a number of rows of at least 1, or auto")
+
+
 class RunConfig(_Section):
     """How the job runs. Only `seed` changes its results."""
 
@@ -78,8 +84,11 @@ class RunConfig(_Section):
         default=None, ge=0, description="GPUs of an actor; where not given, tensor_parallel_size on GPUs and 0 on CPUs."
     )
     num_cpus: float = Field(default=0, ge=0, description="CPUs Ray reserves for an actor.")
-    shard_rows: int = Field(
-        default=1000, ge=1, description="Most rows of a shard, the unit of commit; fewer at the job's end."
+    shard_rows: Annotated[Literal["auto"] | int, BeforeValidator(_shard_rows)] = Field(
+        default="auto",
+        description="Most rows of a shard, the unit of commit (a quarter more where a row group ends); fewer at the job's "
+        "end. auto: 1000, more where that would be over 20,000 shards (at most 32,768), and fewer where rows are so heavy "
+        "that a shard would pass 256 MiB uncompressed. JSONL and CSV are cut every 16 rows, and where a MiB of text ends.",
     )
     shards_in_flight: int = Field(default=8, ge=1, description="Shards an actor works on at a time.")
     journal_flush_s: float = Field(

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import xxhash
 
 from pipelines.inputs import Dataset, FileFacts, InputFile, RowRange
 from pipelines.job import JobConfig
@@ -41,6 +42,13 @@ SAMPLED_BYTES = 1 << 20
 # in flight hold as many batches as the longest row is longer than the mean one; outputs whose lengths differ by more than this are rare.
 BATCHES_IN_FLIGHT = 8
 
+# `run.shard_rows: auto`. A shard costs the driver about 5 ms and 7 KB, a crash at most the rows of those in flight.
+AUTO_ROWS = 1_000
+AUTO_SHARDS = 20_000  # above so many shards of AUTO_ROWS, they grow
+AUTO_MOST_ROWS = 26_214  # a quarter more where a row group ends: 32,768
+AUTO_BYTES = 256 << 20  # uncompressed, so that `shards_in_flight` of them and their results fit in memory
+TAPER = 16  # the last shards are so much smaller, where that still fills the engine
+
 Identity = dict[str, Any]
 
 
@@ -55,6 +63,7 @@ class Shard:
         first_row: number of the first row in the file.
         rows: how many rows.
         offset, length: their bytes in the file for JSONL and CSV; 0 for Parquet.
+        mtime_ns: time stamp of the file when it was planned; 0 where the store keeps none.
     """
 
     index: int
@@ -64,6 +73,7 @@ class Shard:
     rows: int
     offset: int
     length: int
+    mtime_ns: int = 0
 
     @property
     def row_range(self) -> RowRange:
@@ -80,26 +90,34 @@ SHARD_SCHEMA = pa.schema(
         ("rows", pa.int64()),
         ("offset", pa.int64()),
         ("length", pa.int64()),
+        ("mtime_ns", pa.int64()),
     ]
 )
 
 
-def cut(files: Sequence[InputFile], facts: Sequence[FileFacts], most: int, least: int) -> Iterator[Shard]:
+FILE_SCHEMA = pa.schema([("path", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64())])
+
+
+def cut(
+    files: Sequence[InputFile], facts: Sequence[FileFacts], most: int, least: int, most_bytes: int | None = None
+) -> Iterator[Shard]:
     """Cut files into shards of about `most` rows, and of ever fewer, down to `least`, over the last quarter of the job.
 
     Guided self-scheduling (Polychronopoulos and Kuck, 1987): a shard gets a fixed fraction of what remains, so that
-    actors which take the last shards finish together. A shard ends at the end of a row group where one is near.
+    actors which take the last shards finish together. A shard ends at the end of a row group where one is near, and may
+    then have a quarter more rows. Where `most_bytes` is given, it has about so many uncompressed bytes at most.
     """
     remaining = sum(fact.rows for fact in facts)
     fraction = min(4096, max(8, remaining // most // 4))
     index = 0
     for file, fact in zip(files, facts, strict=True):
-        start = 0
-        while start < fact.rows:
-            target = min(most, max(least, -(-remaining // fraction)))
+        start, rows = 0, fact.rows
+        heaviest = max(1, most_bytes * rows // fact.decoded_bytes) if most_bytes and fact.decoded_bytes else most
+        while start < rows:
+            target = min(most, heaviest, max(least, -(-remaining // fraction)))
             end = _end(fact, start, target)
             offset, length = _bytes(fact, start, end)
-            yield Shard(index, file.path, file.size, start, end - start, offset, length)
+            yield Shard(index, file.path, file.size, start, end - start, offset, length, file.mtime_ns)
             remaining -= end - start
             index += 1
             start = end
@@ -124,8 +142,13 @@ def _bytes(fact: FileFacts, start: int, end: int) -> tuple[int, int]:
 
 def make_shards(config: JobConfig, files: Sequence[InputFile], facts: Sequence[FileFacts]) -> list[Shard]:
     """The shards of a job. `shards_in_flight` of the smallest ones still keep an engine full."""
-    least = -(-BATCHES_IN_FLIGHT * config.engine.max_num_seqs // config.run.shards_in_flight)
-    return list(cut(files, facts, config.run.shard_rows, min(least, config.run.shard_rows)))
+    fill = -(-BATCHES_IN_FLIGHT * config.engine.max_num_seqs // config.run.shards_in_flight)
+    if config.run.shard_rows == "auto":
+        rows = sum(fact.rows for fact in facts)
+        most, most_bytes = min(AUTO_MOST_ROWS, max(AUTO_ROWS, -(-rows // AUTO_SHARDS))), AUTO_BYTES
+    else:
+        most, most_bytes = config.run.shard_rows, None
+    return list(cut(files, facts, most, min(most, max(fill, most // TAPER)), most_bytes))
 
 
 def identity(config: JobConfig, dataset: Dataset) -> Identity:
@@ -135,7 +158,7 @@ def identity(config: JobConfig, dataset: Dataset) -> Identity:
     return {
         "row path version": ROW_PATH_VERSION,
         "model": model_identity(config.model),
-        "input": [list(file) for file in dataset.files],
+        "input": _digest_files(dataset.files),
         **{f"prompt.{key}": value for key, value in settings["prompt"].items()},
         **{f"sampling.{key}": value for key, value in settings["sampling"].items()},
         **{f"columns.{key}": value for key, value in settings["columns"].items()},
@@ -164,21 +187,34 @@ def model_identity(model: str) -> str:
     return f"{root.name} (content {digest.hexdigest()})"
 
 
-def differences(before: Identity, now: Identity) -> list[str]:
-    """What differs between the identity of the job an output belongs to and this one, in words."""
+def _digest_files(files: Sequence[InputFile]) -> str:
+    """Stands for the files with their sizes and time stamps; the files themselves are stored apart, as they may be many."""
+    digest = xxhash.xxh3_128()
+    for file in files:
+        digest.update("\0".join(map(str, file)).encode("utf-8", "surrogatepass") + b"\0")
+    return f"{len(files)} files (digest {digest.hexdigest()})"
+
+
+def differences(
+    before: Identity, now: Identity, files_before: Callable[[], Sequence[InputFile]], files_now: Sequence[InputFile]
+) -> list[str]:
+    """What differs between the identity of the job an output belongs to and this one, in words.
+
+    `files_before` is called only where the files differ.
+    """
     found = []
     for name in sorted(set(before) | set(now)):
         old, new = before.get(name), now.get(name)
         if old == new:
             continue
         if name == "input":
-            found.append(_input_difference(old or [], new or []))
+            found.append(_input_difference(files_before(), files_now))
         else:
             found.append(f"{name} was {old!r}, is {new!r}")
     return found
 
 
-def _input_difference(before: list[list[Any]], now: list[list[Any]]) -> str:
+def _input_difference(before: Sequence[InputFile], now: Sequence[InputFile]) -> str:
     old = {path: (size, mtime) for path, size, mtime in before}
     new = {path: (size, mtime) for path, size, mtime in now}
     gone = sorted(set(old) - set(new))
@@ -205,3 +241,14 @@ def shards_to_table(shards: Sequence[Shard]) -> pa.Table:
 def shards_from_table(table: pa.Table) -> list[Shard]:
     """The reverse of `shards_to_table`."""
     return [Shard(*row) for row in zip(*(table[name].to_pylist() for name in SHARD_SCHEMA.names), strict=True)]
+
+
+def files_to_table(files: Sequence[InputFile]) -> pa.Table:
+    """Input files as they are stored in `_run/input.parquet`."""
+    columns = zip(*files, strict=True) if files else [()] * len(FILE_SCHEMA)
+    return pa.table([pa.array(list(c), f.type) for c, f in zip(columns, FILE_SCHEMA, strict=True)], schema=FILE_SCHEMA)
+
+
+def files_from_table(table: pa.Table) -> list[InputFile]:
+    """The reverse of `files_to_table`."""
+    return [InputFile(*row) for row in zip(*(table[name].to_pylist() for name in FILE_SCHEMA.names), strict=True)]

@@ -270,10 +270,12 @@ class ShardWorker:
     def _read(self, shard: Shard) -> pa.Table:
         place = self._task.root.child(shard.file)
         retries = 0 if place.appends else self._config.run.write_retries  # a local disk that fails once fails again
-        size = retrying(lambda: place.fs.get_file_info(place.path).size, retries)
-        if size != shard.size:
-            now = "is gone" if size is None else f"has {size} bytes"
+        info = retrying(lambda: place.fs.get_file_info(place.path), retries)
+        if info.size != shard.size:
+            now = "is gone" if info.size is None else f"has {info.size} bytes"
             raise OSError(f"{shard.file} had {shard.size} bytes when it was planned and {now}")
+        if place.appends and shard.mtime_ns and info.mtime_ns != shard.mtime_ns:  # object stores round theirs
+            raise OSError(f"{shard.file} was written again since it was planned")
         return retrying(lambda: read_rows(self._task.root, self._task.format, shard.row_range, self._schema), retries)
 
     def _patiently(self, ask: Callable[..., T], *arguments: Any) -> T:

@@ -68,6 +68,7 @@ def test_report_and_success(undisturbed: Path) -> None:
     assert json.loads((undisturbed / "_SUCCESS").read_text()) == {"rows": ROWS, "files": len(parts(undisturbed))}
     assert sorted(path.name for path in (undisturbed / "_run").iterdir()) == [
         "config.yaml",
+        "input.parquet",
         "job.json",
         "ledger",
         "plan.parquet",

@@ -53,7 +53,7 @@ class Place:
         dataset = list_dataset(config.input)
         schema, facts = measure(dataset)
         shards = make_shards(config, dataset.files, facts)
-        OutputDirectory(config.output).create(identity(config, dataset), dataset.format, schema, shards)
+        OutputDirectory(config.output).create(identity(config, dataset), dataset.format, schema, shards, dataset.files)
 
 
 @pytest.fixture

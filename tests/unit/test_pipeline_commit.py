@@ -198,16 +198,6 @@ def test_directories_of_others_are_refused(tmp_path: Path) -> None:
         OutputDirectory(str(tmp_path / "thesis.doc")).job()
 
 
-def test_engine_deaths_are_noted_and_forgiven(address: str) -> None:
-    output = OutputDirectory(address)
-    output.note_death(2, "out of memory", [1, 5])
-    output.note_death(2, "again", [1])
-    assert sorted(output.death_reasons(2)) == ["again", "out of memory"]
-    assert output.death_reasons(3) == []
-    output.forgive([2])
-    assert output.death_reasons(2) == []
-
-
 def test_retrying_waits_longer_each_time() -> None:
     waits: list[float] = []
     outcomes = iter([OSError("a"), OSError("b"), None])

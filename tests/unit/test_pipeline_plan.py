@@ -13,9 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm import UserError
+from pipelines import plan
 from pipelines.inputs import FileFacts, InputFile, list_dataset, measure
 from pipelines.job import build
-from pipelines.plan import Shard, cut, differences, identity, make_shards, shards_from_table, shards_to_table
+from pipelines.plan import (
+    Shard,
+    cut,
+    files_from_table,
+    files_to_table,
+    identity,
+    make_shards,
+    shards_from_table,
+    shards_to_table,
+)
 
 SCHEMA = pa.schema([("prompt", pa.string())])
 
@@ -156,7 +166,11 @@ def test_identity_names_what_differs(tmp_path: Path) -> None:
     def now(**changes: object) -> dict[str, object]:
         return identity(build({**base, **changes}), list_dataset(str(source)))
 
+    def differences(before: dict[str, object], now: dict[str, object]) -> list[str]:
+        return plan.differences(before, now, lambda: files_before, list_dataset(str(source)).files)
+
     before = now()
+    files_before = files_from_table(files_to_table(list_dataset(str(source)).files))
     assert differences(before, now()) == []
     assert differences(before, now(run={"replicas": 3, "shard_rows": 7}, engine={"max_num_seqs": 4})) == []
     assert differences(before, now(output="elsewhere")) == []
