@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, AsyncLLM, EngineDeadError, RequestOutput, SamplingParams, UserError
+from nanovllm.engine.poison import VARIABLE
 
 TEXTS = [f"the fox {i} and the dog {i * i}" for i in range(24)]
 
@@ -103,6 +104,25 @@ def test_a_failing_step_resolves_every_future(engine: AsyncLLM, monkeypatch: pyt
             future.result(timeout=10)
     with pytest.raises(EngineDeadError, match="out of memory"):
         engine.submit("late", SamplingParams()).result(timeout=5)
+
+
+def test_a_poisoned_request_ends_the_engine_and_its_step_is_named(
+    chat_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test hook itself, and whom the engine blames: the requests of the step, not those that wait or are new."""
+    monkeypatch.setenv(VARIABLE, "raise:fox 7")
+    engine = AsyncLLM(str(chat_model_dir), kvcache_block_size=16, num_kvcache_blocks=40, max_num_seqs=3)
+    futures = [engine.submit(text, SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)) for text in TEXTS]
+    errors = [future.exception(timeout=20) for future in futures]
+    engine.shutdown()
+    in_step = [number for number, error in enumerate(errors) if isinstance(error, EngineDeadError) and error.in_step]
+    assert 7 in in_step
+    assert len(in_step) <= 2 * 3  # two steps may be under way
+    assert errors[0] is None and str(errors[23]) == "RuntimeError: poisoned"
+    assert not any(isinstance(error, EngineDeadError) and error.killed for error in errors)
+    monkeypatch.setenv(VARIABLE, "explode:fox")
+    with pytest.raises(UserError, match="one of raise, kill, segfault, hang"):
+        AsyncLLM(str(chat_model_dir))
 
 
 def test_a_model_that_cannot_run_is_refused_by_the_constructor(tmp_path: Path) -> None:

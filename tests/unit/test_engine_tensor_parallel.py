@@ -71,8 +71,11 @@ def test_a_killed_rank_ends_every_request_with_its_name(victim: int, model_dir: 
     ranks[victim].kill()
     killed_at = time.monotonic()
     for future in futures:
-        with pytest.raises(EngineDeadError, match=rf"rank {victim} \(pid {ranks[victim].pid}\) was killed by SIGKILL"):
+        with pytest.raises(
+            EngineDeadError, match=rf"rank {victim} \(pid {ranks[victim].pid}\) was killed by SIGKILL"
+        ) as died:
             future.result(timeout=10)
+        assert died.value.killed  # from outside: no request is to blame
     assert time.monotonic() - killed_at < 10
     wait_until(lambda: all(map(gone, ranks)))
     with pytest.raises(EngineDeadError, match="SIGKILL"):
