@@ -56,6 +56,8 @@ def test_groups_try_every_suspect_once(suspects: int) -> None:
     assert sorted(row for group in tried for row in group) == list(range(suspects))
     assert tried[-1] == [suspects // 2]
     assert len(tried) <= FEW + 1
+    if suspects <= FEW:
+        assert all(len(group) == 1 for group in tried)
 
 
 @pytest.mark.parametrize("vanishes", [False, True])
