@@ -94,6 +94,24 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[str], timeout: 
         time.sleep(0.05)
 
 
+def suspend_when(
+    what: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 120
+) -> list[psutil.Process]:
+    """Suspend a job's workers at a moment when `what` holds, and return them. They stand still while it is asked."""
+    deadline = time.monotonic() + timeout
+    while True:
+        workers = members(process, "ShardWorker")
+        for worker in workers:
+            worker.suspend()
+        if workers and what():
+            return workers
+        for worker in workers:
+            worker.resume()
+        assert process.poll() is None, f"the job ended first: {process.communicate()}"
+        assert time.monotonic() < deadline, "the job never came so far"
+        time.sleep(0.2)
+
+
 def report(output: Path | str) -> dict[str, Any]:
     """`_run/report.json`."""
     loaded: dict[str, Any] = json.loads(read(OutputDirectory(str(output)).run.child("report.json")))
