@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.commit import OutputDirectory, read_journal
+from pipelines.storage import children, exists, read, resolve
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GENERATE = REPOSITORY / "pipelines" / "generate.py"
@@ -40,12 +41,15 @@ def environment() -> dict[str, str]:
     return {**os.environ, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-def start(arguments: list[str], cwd: Path, **variables: str) -> subprocess.Popen[str]:
-    """Start a job in a process group of its own. `cwd` is not the repository: nothing may depend on it."""
+def start(arguments: list[str], cwd: Path, before: Sequence[str] = (), **more: str) -> subprocess.Popen[str]:
+    """Start a job in a process group of its own. `cwd` is not the repository: nothing may depend on it.
+
+    `before` is put before the command; `more` is added to its environment.
+    """
     return subprocess.Popen(
-        [sys.executable, str(GENERATE), *arguments],
+        [*before, sys.executable, str(GENERATE), *arguments],
         cwd=cwd,
-        env={**environment(), **variables},
+        env={**environment(), **more},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -53,9 +57,15 @@ def start(arguments: list[str], cwd: Path, **variables: str) -> subprocess.Popen
     )
 
 
-def run(arguments: list[str], cwd: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: list[str], cwd: Path, timeout: float = 200, before: Sequence[str] = (), **more: str
+) -> subprocess.CompletedProcess[str]:
     """Run a job to its end, and show what it said where a test fails."""
-    process = start(arguments, cwd)
+    return end(start(arguments, cwd, before, **more), timeout)
+
+
+def end(process: subprocess.Popen[str], timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    """Wait for a job's end, and show what it said where a test fails."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -84,21 +94,41 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[str], timeout: 
         time.sleep(0.05)
 
 
-def report(output: Path) -> dict[str, Any]:
+def suspend_when(
+    what: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 120
+) -> list[psutil.Process]:
+    """Suspend a job's workers at a moment when `what` holds, and return them. They stand still while it is asked."""
+    deadline = time.monotonic() + timeout
+    while True:
+        workers = members(process, "ShardWorker")
+        for worker in workers:
+            worker.suspend()
+        if workers and what():
+            return workers
+        for worker in workers:
+            worker.resume()
+        assert process.poll() is None, f"the job ended first: {process.communicate()}"
+        assert time.monotonic() < deadline, "the job never came so far"
+        time.sleep(0.2)
+
+
+def report(output: Path | str) -> dict[str, Any]:
     """`_run/report.json`."""
-    loaded: dict[str, Any] = json.loads((output / "_run" / "report.json").read_text())
+    loaded: dict[str, Any] = json.loads(read(OutputDirectory(str(output)).run.child("report.json")))
     return loaded
 
 
-def parts(output: Path) -> dict[str, bytes]:
-    """Content of the committed files by name."""
-    return {path.name: path.read_bytes() for path in sorted(output.glob("part-*.parquet"))}
+def parts(output: Path | str) -> dict[str, bytes]:
+    """Content of the committed files by name, wherever they are."""
+    place = resolve(str(output))
+    names = [entry.base_name for entry in children(place) if entry.base_name.startswith("part-")]
+    return {name: read(place.child(name)) for name in names}
 
 
-def journalled_rows(output: Path) -> int:
+def journalled_rows(output: Path | str) -> int:
     """Rows in the journals of shards that are not committed."""
     place = OutputDirectory(str(output))
-    if not (output / "_run" / "plan.parquet").exists():
+    if not exists(place.run.child("plan.parquet")):
         return 0
     committed = place.committed()
     journals = (read_journal(place.journal(s.index), s.rows) for s in place.shards() if s.index not in committed)
@@ -108,6 +138,17 @@ def journalled_rows(output: Path) -> int:
 def leases(output: Path) -> list[Path]:
     """Claims on the output."""
     return list((output / "_run").glob("lease-*"))
+
+
+def members(process: subprocess.Popen[Any], what: str) -> list[psutil.Process]:
+    """Processes of this name below a job."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for member in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if what in " ".join(member.cmdline()):
+                    found.append(member)
+    return found
 
 
 def table_of(output: Path) -> pa.Table:
