@@ -55,6 +55,20 @@ def test_a_prompt_that_kills_the_engine_is_one_error_row(
     assert 2 <= engines - 1 <= deaths + 1  # an engine for every death, and one each to end the job's two passes
 
 
+def test_engines_that_die_whatever_they_run_end_the_job(
+    workplace: Path, dataset: Path, chat_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = workplace / "deadly"
+    monkeypatch.setenv(VARIABLE, "raise:the quick")
+    settings = [*SLOW, "run.max_engine_deaths=2"]
+    done = run(["--model", str(chat_model_dir), "--input", str(dataset), "--output", str(output), *settings], workplace)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: engines die whatever they run: the engine died 2 times on it")
+    assert "last: RuntimeError: poisoned" in last
+    assert parts(output) == {}
+
+
 def test_an_actor_that_hangs_is_replaced(
     undisturbed: Path, workplace: Path, dataset: Path, chat_model_dir: Path
 ) -> None:
