@@ -186,7 +186,7 @@ def provenance() -> dict[str, Any]:
     """Machine, versions and commit of a measurement."""
     import torch
 
-    packages = ("torch", "transformers", "triton", "numpy")
+    packages = ("torch", "transformers", "triton", "numpy", "ray")
     versions: dict[str, str | None] = {}
     for package in packages:
         try:

@@ -261,6 +261,16 @@ def summary(records: Path, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _threads_cpu_s() -> dict[str, float]:
+    """CPU seconds of this process by thread; those that Python did not start (OpenMP's, Ray's) together."""
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    seconds: dict[str, float] = {}
+    for thread in psutil.Process().threads():
+        name = names.get(thread.id, "native").split("_")[0]
+        seconds[name] = round(seconds.get(name, 0.0) + thread.user_time + thread.system_time, 2)
+    return {name: used for name, used in seconds.items() if used >= 0.1}
+
+
 class WatchedEngine:
     """`AsyncLLM`, watched: when the first row came and the last one went, tokens and steps."""
 
@@ -296,6 +306,7 @@ class WatchedEngine:
             if self._left == 0:
                 stats = self._engine.stats()
                 record = {"first": self._first, "last": time.monotonic(), "rows": self._rows, **stats._asdict()}
+                record["threads_cpu_s"] = _threads_cpu_s()
                 scratch = self._record.with_suffix(".new")
                 scratch.write_text(json.dumps(record))
                 scratch.replace(self._record)
@@ -344,7 +355,7 @@ def case_demo_bare(case: dict[str, Any], directory: Path) -> dict[str, Any]:
 
     from nanovllm import LLM
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1)))
+    torch.set_num_threads(case.get("threads", os.cpu_count() or 1))
     rows = case["actors"] * case["shards"] * case["shard_rows"]
     settings = demo_settings(case)
     llm = LLM(str(DEMO / "model"), **settings["engine"])
@@ -362,6 +373,7 @@ def case_demo_bare(case: dict[str, Any], directory: Path) -> dict[str, Any]:
         "rows_per_s": round(rows / seconds, 1),
         "steps": stats.steps,
         "tokens_per_step": round(tokens / stats.steps, 2),
+        "threads_cpu_s": _threads_cpu_s(),
     }
 
 
@@ -375,6 +387,7 @@ def demo_summary(records: Path, case: dict[str, Any]) -> dict[str, Any]:
         "rows_per_s": round(rows / seconds, 1),
         "steps": steps,
         "tokens_per_step": round(tokens / steps, 2),
+        "threads_cpu_s": engines[0]["threads_cpu_s"],
     }
 
 
@@ -479,12 +492,12 @@ def driver_cost(samples: list[dict[str, float]]) -> dict[str, Any]:
     shards, seconds = max(1, last["parts"] - first["parts"]), last["time"] - first["time"]
     started = next(sample for sample in samples if sample["parts"])
     return {
-        "shards_per_s": round(shards / seconds, 1),
+        "shards_per_s": round(shards / max(seconds, 1e-9), 1),
         "driver_cpu_ms_a_shard": round((last["cpu_s"] - first["cpu_s"]) / shards * 1e3, 2),
-        "driver_cpu_share": round((last["cpu_s"] - first["cpu_s"]) / seconds, 3),
+        "driver_cpu_share": round((last["cpu_s"] - first["cpu_s"]) / max(seconds, 1e-9), 3),
         "daemons_cpu_ms_a_shard": round((last["daemons_cpu_s"] - first["daemons_cpu_s"]) / shards * 1e3, 2),
         "driver_rss_kb_a_shard": round((last["rss"] - first["rss"]) / shards / 1e3, 2),
-        "driver_rss_mb_at_end": round(samples[-1]["rss"] / 1e6),
+        "driver_rss_mb_at_most": round(max(sample["rss"] for sample in samples) / 1e6),
         "driver_rss_mb_at_first_shard": round(started["rss"] / 1e6),
         "first_shard_s": round(started["time"] - samples[0]["time"], 1),
         "actor_uss_mb": round(max(sample["actor_uss"] for sample in samples) / 1e6),
@@ -524,7 +537,7 @@ def full(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def demo(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The real engine on CPUs."""
     for actors in args.actors or (1,):
-        case = {"actors": actors, "shards": 20, "shard_rows": 200, "slots": 64}
+        case = {"actors": actors, "shards": 20, "shard_rows": 400, "slots": 64}
         bare, job = run_case("demo_bare", case), run_case("demo", case)
         row = {
             **job,
