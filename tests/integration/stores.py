@@ -38,45 +38,25 @@ def free_port() -> int:
 def s3_server(log: Path) -> Iterator[int]:
     """An S3 server (moto) in a process of its own, with one empty bucket. Gives its port on 127.0.0.1."""
     port = free_port()
-    with _server([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], log):
-        _when_it_listens(urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT"), log)
-        yield port
-
-
-@contextlib.contextmanager
-def gcs_server(log: Path) -> Iterator[int]:
-    """A Google Cloud Storage server (gcp-storage-emulator) in a process of its own, with one empty bucket. Gives its port."""
-    port = free_port()
-    command = [str(Path(sys.executable).parent / "gcp-storage-emulator"), "start", "--host=127.0.0.1", f"--port={port}"]
-    with _server([*command, "--in-memory", f"--default-bucket={BUCKET}"], log):
-        _when_it_listens(urllib.request.Request(f"http://127.0.0.1:{port}/storage/v1/b/{BUCKET}"), log)
-        yield port
-
-
-@contextlib.contextmanager
-def _server(command: list[str], log: Path) -> Iterator[None]:
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=stream, stderr=stream
+        )
     try:
-        yield
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                request = urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT")
+                urllib.request.urlopen(request, timeout=10).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+        yield port
     finally:
         process.kill()
         process.wait(timeout=30)
-
-
-def _when_it_listens(request: urllib.request.Request, log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(request, timeout=10).close()
-            return
-        except OSError:
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-
-
-def gcs_address(port: int, path: str) -> str:
-    return f"gs://anonymous@{BUCKET}/{path}?endpoint_override=127.0.0.1:{port}&scheme=http&retry_limit_seconds=5"
 
 
 def s3_address(port: int, path: str) -> str:

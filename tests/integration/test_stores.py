@@ -28,8 +28,6 @@ from tests.integration.stores import (
     FaultyProxy,
     credentials,
     free_port,
-    gcs_address,
-    gcs_server,
     s3_address,
     s3_server,
     upload,
@@ -204,26 +202,13 @@ def test_a_store_that_stays_away(undisturbed: Path, workplace: Path, s3: int, ch
         assert report(seen)["this_start"]["reused_rows"] == journalled
 
 
-@pytest.fixture(params=["fsspec", "gcs"])
-def other_store(
-    request: pytest.FixtureRequest, workplace: Path, dataset: Path, tmp_path: Path
-) -> Iterator[tuple[str, str]]:
-    """Addresses of the dataset and of an output on a store that is neither a local disk nor S3."""
-    if request.param == "gcs":
-        with gcs_server(tmp_path / "log") as port:
-            upload(dataset, gcs_address(port, "dataset"))
-            yield gcs_address(port, "dataset"), gcs_address(port, "out")
-        return
-    source = workplace / "fsspec-in"
-    shutil.copytree(dataset, source / source.relative_to("/"))  # the path counts below the directory of `dir::`
-    assert resolve(f"dir::file://{source}").fs.type_name == "py::fsspec+dir"
-    yield f"dir::file://{source}", f"dir::file://{workplace}/fsspec-out"
-
-
-def test_on_another_store_killed_it_ends_the_same(
-    undisturbed: Path, workplace: Path, other_store: tuple[str, str], chat_model_dir: Path
+def test_on_a_store_of_fsspec_killed_it_ends_the_same(
+    undisturbed: Path, workplace: Path, dataset: Path, chat_model_dir: Path
 ) -> None:
-    source, output = other_store
+    directory = workplace / "fsspec-in"
+    shutil.copytree(dataset, directory / directory.relative_to("/"))  # the path counts below the directory of `dir::`
+    source, output = f"dir::file://{directory}", f"dir::file://{workplace}/fsspec-out"
+    assert resolve(output).fs.type_name == "py::fsspec+dir"
     command = arguments(chat_model_dir, source, output)
     process = start(command, workplace)
     suspend_when(lambda: len(parts(output)) >= 1 and journalled_rows(output) >= 1, process)
