@@ -448,7 +448,10 @@ def read_rows(root: Location, file_format: Format, wanted: RowRange, schema: pa.
     """
     place = root.child(wanted.file)
     if file_format == "parquet":
-        table = _read_parquet(place, wanted, schema)
+        try:
+            table = _read_parquet(place, wanted, schema)
+        except UnicodeDecodeError as error:  # a damaged footer has names of any bytes
+            raise pa.ArrowInvalid(f"{wanted.file}: {_one_line(error)}") from None
     else:
         with place.fs.open_input_file(place.path) as stream:
             stream.seek(wanted.offset)

@@ -30,6 +30,7 @@ from pipelines.inputs import Format, read_rows
 from pipelines.job import JobConfig, build
 from pipelines.plan import SHARD_SCHEMA, Shard
 from pipelines.progress import WorkerState
+from pipelines.prompts import prompt_values
 from pipelines.rows import Engine, RowPath, RowResult, result_table, row_seed
 from pipelines.storage import Location
 
@@ -179,7 +180,7 @@ class ShardWorker:
     async def _generate(self, active: _Active, table: pa.Table) -> None:
         """Run the rows that no earlier attempt finished."""
         shard, finished = active.shard, active.finished
-        prompts = table[self._config.prompt.column].to_pylist()
+        prompts = prompt_values(table[self._config.prompt.column])
         todo = [position for position in range(shard.rows) if position not in finished]
         seeds = [row_seed(self._config.run.seed, shard.file, shard.first_row + position, 0) for position in todo]
         try:
