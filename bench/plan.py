@@ -17,12 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from common import save
-
-# The order of these imports is theirs: pyarrow's memory is part of what is measured.
-import numpy as np  # isort: skip
-import pyarrow as pa  # isort: skip
-import pyarrow.parquet as pq  # isort: skip
 
 from pipelines.commit import OutputDirectory
 from pipelines.generate import Job, _pending, check
@@ -172,7 +170,7 @@ def main() -> None:
         print(line, flush=True)
         cases.append(json.loads(line))
     if args.save:
-        print(save(args.save, {"benchmark": "plan", "cases": {case["case"]: case for case in cases}}))
+        print(save(args.save, {"benchmark": "plan", "cases": cases}))
 
 
 if __name__ == "__main__":

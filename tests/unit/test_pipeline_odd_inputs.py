@@ -177,7 +177,7 @@ def test_every_type_is_carried_through(tmp_path: Path) -> None:
         "half": pa.array(np.array([1, 2, 3], np.float16)),
         "uint64": pa.array([2**64 - 1, None, 0], pa.uint64()),
         "null": pa.nulls(3),
-        "a.b": pa.array([1, 2, 3]),  # beside "a", which is the start of its path
+        "a.b": pa.array([1, 2, 3]),
         "a": pa.array([4, 5, 6]),
         "größe in % #1/2": pa.array([7, 8, 9]),
     }
@@ -211,6 +211,19 @@ def test_schemas_that_differ(tmp_path: Path) -> None:
     write(tmp_path, {"f.parquet": pa.table({"prompt": ["f"], "more": [["x"]]})})
     with pytest.raises(UserError, match=r"columns of 'f\.parquet' contradict those of 'b\.parquet': .*more"):
         measure(list_dataset(str(tmp_path)))
+
+
+def test_a_column_that_may_not_be_null_is_null_where_a_file_lacks_it(tmp_path: Path) -> None:
+    strict = pa.schema([pa.field("prompt", pa.string()), pa.field("must", pa.int32(), nullable=False)])
+    full = pa.table([pa.array(["a"]), pa.array([1], pa.int32())], schema=strict)
+    assert read_all(write(tmp_path, {"a.parquet": full})).schema == strict
+    assert read_all(write(tmp_path, {"b.parquet": prompts("b")}))["must"].to_pylist() == [1, None]
+
+
+def test_a_column_with_the_name_of_a_struct_field(tmp_path: Path) -> None:
+    address = write(tmp_path, {"x.parquet": pa.table({"a": [{"b": "wrong"}], "a.b": ["right"]})})
+    wanted, schema = RowRange("x.parquet", 0, 1, 0, 0), pa.schema([("a.b", pa.string())])
+    assert read_rows(list_dataset(address).root, "parquet", wanted, schema).to_pydict() == {"a.b": ["right"]}
 
 
 def test_a_path_that_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
