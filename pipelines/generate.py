@@ -34,7 +34,7 @@ from pipelines.job import Command, JobConfig, load
 from pipelines.lease import Lease, LeaseLost
 from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
-from pipelines.prompts import RowError, check_column, render
+from pipelines.prompts import RowError, check_column, prompt_values, render
 from pipelines.report import build_report, to_html, to_json
 from pipelines.rows import Engine, check_names
 from pipelines.stop import GO_ON, Stopped, StopSignals
@@ -147,7 +147,8 @@ def check(config: JobConfig, output: OutputDirectory) -> Job:
 
 def _check_apart(config: JobConfig, dataset: Dataset, output: OutputDirectory) -> None:
     """Refuse an output among the input files, which the next start would take for input."""
-    inside = [file.path for file in dataset.files if output.place.contains(dataset.root.child(file.path))]
+    first_in = {file.path.rpartition("/")[0]: file.path for file in reversed(dataset.files)}  # a look at each is slow
+    inside = [path for path in first_in.values() if output.place.contains(dataset.root.child(path))]
     if inside:
         raise UserError(
             f"output {config.output!r} holds the input file {inside[0]!r}; give an output directory of its own"
@@ -191,7 +192,7 @@ def _show_plan(job: Job) -> None:
         raise UserError(f"input file {first.file!r} cannot be read: {_one_line(error)}") from None
     tokenizer = load_tokenizer(job.config.engine)
     assert tokenizer is not None  # _check_model has refused a model without one
-    for value in table[column.names[0]].to_pylist()[:3]:
+    for value in prompt_values(table[column.names[0]])[:3]:
         try:
             prompt = render(value)
             print(f"prompt   {len(tokenizer.encode(prompt))} tokens: {prompt!r}")

@@ -446,7 +446,10 @@ def read_rows(root: Location, file_format: Format, wanted: RowRange, schema: pa.
     """
     place = root.child(wanted.file)
     if file_format == "parquet":
-        table = _read_parquet(place, wanted, schema)
+        try:
+            table = _read_parquet(place, wanted, schema)
+        except UnicodeDecodeError as error:  # a damaged footer has names of any bytes
+            raise pa.ArrowInvalid(f"{wanted.file}: {_one_line(error)}") from None
     else:
         with place.fs.open_input_file(place.path) as stream:
             stream.seek(wanted.offset)
@@ -504,7 +507,7 @@ def _read_parquet(place: Location, wanted: RowRange, schema: pa.Schema) -> pa.Ta
         batches, missing = [], wanted.rows
         at_once = max(16, min(READ_ROWS, wanted.rows))  # a shard of few rows has heavy ones
         for batch in file.iter_batches(batch_size=at_once, row_groups=groups, columns=names, use_threads=False):
-            piece = batch.select(names).slice(skip, missing)  # asked for "a", it reads "a.b" too
+            piece = batch.select(names).slice(skip, missing)  # asked for "a.b", it reads field b of a struct a too
             skip = max(0, skip - batch.num_rows)
             missing -= piece.num_rows
             if piece.num_rows:  # an empty slice would keep its batch in memory

@@ -31,6 +31,22 @@ def check_column(schema: pa.Schema, config: PromptConfig) -> None:
         )
 
 
+def prompt_values(column: pa.ChunkedArray) -> list[object]:
+    """The values of the prompt column for `render`; where files hold strings that are not UTF-8, those are bytes."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:  # Parquet readers do not check; one such row must not cost the job
+        plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+        return [_decode(value) for value in plain.cast(pa.large_binary()).to_pylist()]
+
+
+def _decode(value: bytes | None) -> str | bytes | None:
+    try:
+        return value if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
 def render(value: object) -> str:
     """The prompt of a row.
 
@@ -39,6 +55,8 @@ def render(value: object) -> str:
     """
     if value is None or value != value:  # a NaN is what pandas makes of a null
         raise RowError("prompt is null")
+    if isinstance(value, bytes):
+        raise RowError("prompt is not valid UTF-8")
     if not isinstance(value, str):
         raise RowError(f"prompt is {type(value).__name__}, not a string")
     if not value:

@@ -33,6 +33,7 @@ from pipelines.job import JobConfig, build
 from pipelines.plan import SHARD_SCHEMA, Shard
 from pipelines.processes import born
 from pipelines.progress import WorkerState
+from pipelines.prompts import prompt_values
 from pipelines.rows import Engine, RowPath, RowResult, failed_row, result_table, row_seed
 from pipelines.storage import Location
 
@@ -242,7 +243,7 @@ class ShardWorker:
     async def _run_rows(self, active: _Active, table: pa.Table, rows: list[int]) -> None:
         """Generate for the rows at some positions of a shard."""
         shard = active.shard
-        prompts = table[self._config.prompt.column].take(pa.array(rows, pa.int64())).to_pylist()
+        prompts = prompt_values(table[self._config.prompt.column].take(pa.array(rows, pa.int64())))
         seeds = [row_seed(self._config.run.seed, shard.file, shard.first_row + row, 0) for row in rows]
         try:
             await self._rows.run(

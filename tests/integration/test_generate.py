@@ -9,6 +9,7 @@ import socket
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.integration.jobs import (
@@ -152,6 +153,45 @@ def test_a_bad_shard_fails_alone_and_is_tried_again(workplace: Path, chat_model_
     assert table_of(output)["id"].to_pylist() == list(range(rows))
     assert {name: data for name, data in parts(output).items() if name in before} == before
     assert report(output)["this_start"]["resumed_rows"] == len(finished)
+
+
+def test_a_damaged_row_group_among_hive_directories(workplace: Path, chat_model_dir: Path) -> None:
+    source, output = workplace / "hive", workplace / "hive-out"
+    table = pa.table({"id": range(60), "prompt": [f"row {n}" for n in range(60)]})
+    for day in ("1", "02"):
+        for text in ("say%20hello", "__HIVE_DEFAULT_PARTITION__"):
+            (source / f"day={day}" / f"text={text}").mkdir(parents=True)
+            pq.write_table(table, source / f"day={day}" / f"text={text}" / "ü 1.parquet", row_group_size=20)
+    victim = source / "day=1" / "text=say%20hello" / "ü 1.parquet"
+    chunk = pq.read_metadata(victim).row_group(1).column(0)
+    data = bytearray(victim.read_bytes())
+    data[chunk.dictionary_page_offset : chunk.dictionary_page_offset + chunk.total_compressed_size] = bytes(
+        chunk.total_compressed_size
+    )
+    victim.write_bytes(data)
+    arguments = ["--model", str(chat_model_dir), "--input", str(source), "--output", str(output)]
+    arguments += ["prompt.column=text", "sampling.max_tokens=2", "run.shard_rows=20", "engine.max_num_seqs=80"]
+    done = run(arguments, workplace)
+    assert done.returncode == 1
+    assert "1 of 12 shards failed, first day=1/text=say%20hello/ü 1.parquet rows 20 to 39: " in done.stderr
+    result = table_of(output)
+    assert result.schema.names[:4] == ["id", "prompt", "day", "text"]
+    assert result.schema.types[2:4] == [pa.int64(), pa.string()]
+    expected = [
+        (number, day, text)
+        for day, text in ((2, None), (2, "say hello"), (1, None), (1, "say hello"))
+        for number in range(60)
+        if (day, text) != (1, "say hello") or not 20 <= number < 40
+    ]
+    assert list(zip(*(result[name].to_pylist() for name in ("id", "day", "text")), strict=True)) == expected
+    assert [error for _, _, text in expected for error in [None if text else "prompt is null"]] == result[
+        "error"
+    ].to_pylist()
+
+    pq.write_table(table, victim, row_group_size=20)  # good again, but another file than the job was begun with
+    done = run(arguments, workplace)
+    assert done.returncode == 2
+    assert "belongs to another job: input file 'day=1/text=say%20hello/ü 1.parquet' has changed since" in done.stderr
 
 
 def test_dry_run_shows_prompts_and_writes_nothing(workplace: Path, chat_model_dir: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,9 @@ def test_a_changed_or_missing_file_fails_its_shards(bench: Bench) -> None:
     result = bench.work(worker, bench.shards[0])
     assert result["status"] == "failed"
     assert f"had {len(data)} bytes when it was planned and has {len(data) + 1} bytes" in result["reason"]
+    bench.source.write_bytes(data)
+    os.utime(bench.source, ns=(0, bench.shards[0].mtime_ns + 1))
+    assert "in.parquet was written again since it was planned" in bench.work(worker, bench.shards[0])["reason"]
     bench.source.unlink()
     assert "is gone" in bench.work(worker, bench.shards[0])["reason"]
 
