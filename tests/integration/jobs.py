@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import pyarrow as pa
@@ -21,6 +21,8 @@ from pipelines.commit import OutputDirectory, read_journal
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GENERATE = REPOSITORY / "pipelines" / "generate.py"
+COUNTED = REPOSITORY / "tests" / "counting.py"  # the same, counting what it computes
+T = TypeVar("T")
 # A job slow enough to be caught half-way: few sequences at a time, several small shards, frequent flushes.
 SLOW = [
     "engine.max_num_seqs=4",
@@ -40,12 +42,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
+def start(
+    arguments: list[str], cwd: Path, script: Path = GENERATE, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """Start a job in a process group of its own. `cwd` is not the repository: nothing may depend on it."""
     return subprocess.Popen(
-        [sys.executable, str(GENERATE), *arguments],
+        [sys.executable, str(script), *arguments],
         cwd=cwd,
-        env=environment(),
+        env=env or environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -75,13 +79,14 @@ def kill_everything(process: subprocess.Popen[Any]) -> None:
     process.communicate(timeout=60)
 
 
-def wait_for(what: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 120) -> None:
-    """Wait for a state of a running job."""
+def wait_for(what: Callable[[], T], process: subprocess.Popen[str], timeout: float = 120) -> T:
+    """Wait for a state of a running job: until `what` returns something true, which is returned."""
     deadline = time.monotonic() + timeout
-    while not what():
+    while not (found := what()):
         assert process.poll() is None, f"the job ended first: {process.communicate()}"
         assert time.monotonic() < deadline, "the job never came so far"
         time.sleep(0.05)
+    return found
 
 
 def report(output: Path) -> dict[str, Any]:
