@@ -70,14 +70,14 @@ class Job(NamedTuple):
     owner: JobFile | None  # the job's mark in the output directory; None where this is its first start
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+def main(arguments: Sequence[str] | None = None, engine: Callable[..., Engine] | None = None) -> int:
+    """Run the command line and return its exit status. `engine` as in `run_job`."""
     try:
         command = load(sys.argv[1:] if arguments is None else arguments)
         if command.print_config:
             print(command.config.as_yaml(), end="")
             return 0
-        return _run(command)
+        return _run(command, engine)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return REFUSED
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _run(command: Command) -> int:
+def _run(command: Command, engine: Callable[..., Engine] | None) -> int:
     config = command.config
     output = OutputDirectory(config.output)
     try:
@@ -107,7 +107,7 @@ def _run(command: Command) -> int:
         _say_finished(job)
     else:
         _check_model(config)
-        run_job(job, output)
+        run_job(job, output, engine)
     if command.demo:
         _show_demo(output, config, job.shards)
     return 0

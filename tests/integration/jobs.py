@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import pyarrow as pa
@@ -22,6 +22,8 @@ from pipelines.storage import children, exists, read, resolve
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GENERATE = REPOSITORY / "pipelines" / "generate.py"
+COUNTED = REPOSITORY / "tests" / "counting.py"  # the same, counting what it computes
+T = TypeVar("T")
 # A job slow enough to be caught half-way: few sequences at a time, several small shards, frequent flushes.
 SLOW = [
     "engine.max_num_seqs=4",
@@ -41,15 +43,22 @@ def environment() -> dict[str, str]:
     return {**os.environ, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-def start(arguments: list[str], cwd: Path, before: Sequence[str] = (), **more: str) -> subprocess.Popen[str]:
+def start(
+    arguments: list[str],
+    cwd: Path,
+    before: Sequence[str] = (),
+    script: Path = GENERATE,
+    env: Mapping[str, str] | None = None,
+    **more: str,
+) -> subprocess.Popen[str]:
     """Start a job in a process group of its own. `cwd` is not the repository: nothing may depend on it.
 
-    `before` is put before the command; `more` is added to its environment.
+    `before` is put before the command; `script` is what runs; `env` is its environment, `more` is added to that.
     """
     return subprocess.Popen(
-        [*before, sys.executable, str(GENERATE), *arguments],
+        [*before, sys.executable, str(script), *arguments],
         cwd=cwd,
-        env={**environment(), **more},
+        env={**(env or environment()), **more},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -85,13 +94,14 @@ def kill_everything(process: subprocess.Popen[Any]) -> None:
     process.communicate(timeout=60)
 
 
-def wait_for(what: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 120) -> None:
-    """Wait for a state of a running job."""
+def wait_for(what: Callable[[], T], process: subprocess.Popen[str], timeout: float = 120) -> T:
+    """Wait for a state of a running job: until `what` returns something true, which is returned."""
     deadline = time.monotonic() + timeout
-    while not what():
+    while not (found := what()):
         assert process.poll() is None, f"the job ended first: {process.communicate()}"
         assert time.monotonic() < deadline, "the job never came so far"
         time.sleep(0.05)
+    return found
 
 
 def suspend_when(
