@@ -226,7 +226,7 @@ class _Player:
         self._record.starts += 1
 
     def _last_words(self) -> str:
-        return " | ".join(self._log.read_text(errors="replace").splitlines()[-3:])
+        return " | ".join(self._log.read_text(errors="replace").splitlines()[-5:])
 
     def end_driver(self) -> None:
         """SIGKILL the driver and what it started itself."""
