@@ -208,6 +208,7 @@ class _Player:
                 self._say(
                     f"{time.monotonic() - self._began:7.1f} s  {kind}, {durable} rows durable, {left} faults left"
                 )
+        self._say(f"the time is up; the driver's last words: {self._last_words()}")
 
     def _due(self) -> float:
         return time.monotonic() + self._schedule.interval_s * self._random.uniform(0.5, 1.5)
@@ -226,7 +227,7 @@ class _Player:
         self._record.starts += 1
 
     def _last_words(self) -> str:
-        return " | ".join(self._log.read_text(errors="replace").splitlines()[-3:])
+        return " | ".join(self._log.read_text(errors="replace").splitlines()[-5:])
 
     def end_driver(self) -> None:
         """SIGKILL the driver and what it started itself."""
