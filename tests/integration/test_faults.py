@@ -49,7 +49,7 @@ class Job:
         self.arguments = [str(self.counts), *arguments, "--output", str(self.output)]
 
     def start(self) -> subprocess.Popen[str]:
-        return start(self.arguments, self.place, COUNTED, self.nodes.environment())
+        return start(self.arguments, self.place, script=COUNTED, env=self.nodes.environment())
 
     def end(self, process: subprocess.Popen[str]) -> str:
         """Wait for the end of a job that finishes; what it printed."""
