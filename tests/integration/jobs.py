@@ -39,8 +39,9 @@ SLOW = [
 
 
 def environment() -> dict[str, str]:
-    """The tests' own, with a Ray that starts afresh and tells nobody."""
-    return {**os.environ, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
+    """The tests' own, with a Ray that starts afresh, tells nobody, and starts no workers before they are asked for."""
+    idle = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
+    return {**os.environ, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", **idle}
 
 
 def start(
