@@ -14,8 +14,9 @@ export RAY_USAGE_STATS_ENABLED = 0
 demo: $(VENV)/.installed
 	$(BIN)/python pipelines/generate.py --demo
 
+# Three processes for two cores: most of a job's time in the tests is Ray starting. The order of the files is that of their length.
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -633,9 +633,9 @@ def _show_demo(output: OutputDirectory, config: JobConfig, shards: Sequence[Shar
 
 if __name__ == "__main__":
     status = main()
-    if status == FAILED:  # exit hooks take a second that `ray job stop` may not grant, and could wait for what hangs
-        with suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    # Exit hooks take a second that `ray job stop` may not grant, and could wait for what hangs; and threads of libraries that are
+    # still at work when the interpreter goes have been seen to abort a process that was done.
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.chaos import GenerateJob, Schedule, play
 from tests.integration.jobs import SLOW, parts, table_of
 
-FAULTS = 6
+FAULTS = 4
 ERRORS = 2
 
 

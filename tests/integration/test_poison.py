@@ -60,11 +60,11 @@ def test_engines_that_die_whatever_they_run_end_the_job(
 ) -> None:
     output = workplace / "deadly"
     monkeypatch.setenv(VARIABLE, "raise:the quick")
-    settings = [*SLOW, "run.max_engine_deaths=2"]
+    settings = [*SLOW, "run.max_engine_deaths=1"]
     done = run(["--model", str(chat_model_dir), "--input", str(dataset), "--output", str(output), *settings], workplace)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: engines die whatever they run: the engine died 2 times on it")
+    assert last.startswith("error: engines die whatever they run: the engine died 1 times on it")
     assert "last: RuntimeError: poisoned" in last
     assert parts(output) == {}
 

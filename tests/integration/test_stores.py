@@ -90,7 +90,8 @@ def test_on_s3_killed_it_ends_the_same(undisturbed: Path, workplace: Path, s3: i
     assert now["reused_rows"] == journalled
     assert now["generated_tokens"] <= (ROWS - now["resumed_rows"] - journalled) * 24
     left = {entry.base_name for entry in children(resolve(output).child("_run"))}
-    assert left == {"config.yaml", "job.json", "ledger", "plan.parquet", "report.html", "report.json", "schema.parquet"}
+    files = ("config.yaml", "job.json", "plan.parquet", "input.parquet", "schema.parquet", "report.html", "report.json")
+    assert left == {*files, "ledger"}
 
 
 def test_on_s3_by_environment_an_actor_dies(
