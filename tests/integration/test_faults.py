@@ -75,8 +75,8 @@ class Job:
         return next((actor for actor in actors(self.nodes) if len(self.unkept(actor.pid)) >= 3), None)
 
     def is_half_way(self) -> bool:
-        """Some rows are committed, some journalled, and many are still to do."""
-        return len(parts(self.output)) >= 1 and journalled_rows(self.output) >= 1
+        """Some rows are committed. That some are journalled too lasts too short a time to wait for."""
+        return len(parts(self.output)) >= 1
 
 
 @pytest.fixture
