@@ -102,10 +102,17 @@ class RecordLog:
 
 
 def read_records(directory: Location) -> Iterator[bytes]:
-    """Payloads of all whole records of all writers in `directory`; what follows a torn or corrupt one is left out."""
+    """Payloads of all whole records of all writers in `directory`; what follows a torn or corrupt one is left out.
+
+    So is a file that goes between the list and the read: another attempt has committed the shard.
+    """
     for entry in children(directory):
         if entry.type == pafs.FileType.File:
-            yield from parse_records(read(Location(directory.fs, entry.path)))
+            try:
+                data = read(Location(directory.fs, entry.path))
+            except FileNotFoundError:
+                continue
+            yield from parse_records(data)
 
 
 def parse_records(data: bytes) -> Iterator[bytes]:

@@ -194,7 +194,7 @@ class ShardWorker:
         except (OSError, pa.ArrowException) as error:
             return result("failed", _one_line(error))
         reused = len(finished)
-        active = _Active(shard, Journal(self._output.journal(shard.index)), attempt, finished)
+        active = _Active(shard, Journal(journal), attempt, finished)
         found = diagnose(past, active.unfinished(), reused)
         if found.deaths >= self._config.run.max_engine_deaths:
             reason = f"the engine died {found.deaths} times on it and finished no row in between, last: {found.last}"
@@ -208,7 +208,7 @@ class ShardWorker:
             if len(finished) < shard.rows:
                 await self._off_loop(_try_flush, active.journal)
                 await self._off_loop(self._patiently, attempt.over)
-                return result("apart", f"{shard.rows - len(finished)} rows were in a step when the engine died")
+                return result("apart")
             counts = await self._off_loop(self._commit, shard, table, [finished[row] for row in range(shard.rows)])
         except OSError as error:
             return result("fatal", f"shard {shard.index} cannot be written: {_one_line(error)}")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
 from cluster.local_nodes import LocalNodes, Node
 from pipelines.commit import OutputDirectory, read_journal
-from pipelines.plan import Shard
 from pipelines.rows import row_seed
 
 ACTOR = "MapBatches("  # in the title Ray gives an actor of a map_batches pool
@@ -54,14 +52,6 @@ def suspend(process: psutil.Process) -> None:
         time.sleep(0.005)
 
 
-def _journalled(place: OutputDirectory, shard: Shard) -> Iterable[int]:
-    """Positions of the journalled rows of a shard. A commit may take the journal away between the list of its files and the reads."""
-    for _ in range(3):
-        with contextlib.suppress(FileNotFoundError):
-            return read_journal(place.journal(shard.index), shard.rows)
-    return ()
-
-
 def kept_rows(output: Path, seed: int = 0) -> set[int]:
     """Rows that a kill cannot take any more, by sampling seed: those in files and in journals."""
     place = OutputDirectory(str(output))
@@ -70,7 +60,7 @@ def kept_rows(output: Path, seed: int = 0) -> set[int]:
     kept: set[int] = set()
     shards = place.shards()
     # Journals first: between the two looks a shard may be committed and its journal dropped, not the other way round.
-    journals = {shard.index: _journalled(place, shard) for shard in shards}
+    journals = {shard.index: read_journal(place.journal(shard.index), shard.rows) for shard in shards}
     committed = place.committed()
     for shard in shards:
         positions = range(shard.rows) if shard.index in committed else journals[shard.index]

@@ -225,3 +225,16 @@ def test_parts_are_plain_parquet(tmp_path: Path) -> None:
     output.create({}, "parquet", pa.schema([("prompt", pa.string())]), [shard(0, 1)])
     output.commit(0, pa.table({"prompt": ["a"]}))
     assert pq.read_table(tmp_path / "out").to_pydict() == {"prompt": ["a"]}
+
+
+def test_a_journal_that_goes_while_it_is_read_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another attempt has committed the shard between the list of files and the reads."""
+    output = OutputDirectory(str(tmp_path / "out"))
+    journal = Journal(output.journal(3))
+    journal.add(0, RowResult("text", "stop", 3, 2, 0, None))
+    journal.flush()
+    assert set(read_journal(output.journal(3), 5)) == {0}
+    listed = children(output.journal(3))
+    monkeypatch.setattr("pipelines.commit.children", lambda place: listed)
+    output.forget(3)
+    assert read_journal(output.journal(3), 5) == {}
