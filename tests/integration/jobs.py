@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pipelines.commit import OutputDirectory, read_journal
 from pipelines.storage import children, exists, read, resolve
+from tests.faults import named
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GENERATE = REPOSITORY / "pipelines" / "generate.py"
@@ -153,13 +154,9 @@ def leases(output: Path) -> list[Path]:
 
 def members(process: subprocess.Popen[Any], what: str) -> list[psutil.Process]:
     """Processes of this name below a job."""
-    found = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        for member in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if what in " ".join(member.cmdline()):
-                    found.append(member)
-    return found
+        return named(what, psutil.Process(process.pid).children(recursive=True))
+    return []
 
 
 def table_of(output: Path) -> pa.Table:

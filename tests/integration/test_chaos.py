@@ -8,7 +8,6 @@ from tests.chaos import GenerateJob, Schedule, play
 from tests.integration.jobs import SLOW, parts, table_of
 
 FAULTS = 4
-ERRORS = 2
 
 
 def test_random_faults(undisturbed: Path, dataset: Path, chat_model_dir: Path, tmp_path: Path) -> None:
@@ -24,6 +23,4 @@ def test_random_faults(undisturbed: Path, dataset: Path, chat_model_dir: Path, t
     assert record.kills == FAULTS
     assert record.failures == 0
     assert (record.rows, record.lost, record.duplicated, record.identical) == (240, 0, 0, True)
-    assert record.starts > 1
-    assert 0 <= record.recomputed_rows <= record.computed_rows - (240 - ERRORS)
     assert parts(job.output) == parts(undisturbed)

@@ -20,6 +20,7 @@ from tests.integration.jobs import (
     journalled_rows,
     kill_everything,
     leases,
+    members,
     parts,
     report,
     run,
@@ -54,21 +55,6 @@ class Listener:
 @pytest.fixture
 def arguments(dataset: Path, chat_model_dir: Path) -> list[str]:
     return ["--model", str(chat_model_dir), "--input", str(dataset), *SLOW]
-
-
-def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(process.pid).children(recursive=True)
-    return []
-
-
-def running(what: str, process: subprocess.Popen[str]) -> bool:
-    """Whether a process of this name runs below a job."""
-    for member in family(process):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if what in " ".join(member.cmdline()):
-                return True
-    return False
 
 
 def test_a_second_start_is_refused_and_a_stopped_first_goes_on(
@@ -160,7 +146,7 @@ def test_a_signal_while_ray_starts(workplace: Path, arguments: list[str]) -> Non
     """Ray has handlers of its own then."""
     output = workplace / "starting"
     process = start([*arguments, "--output", str(output)], workplace)
-    wait_for(lambda: running("raylet/raylet", process), process)
+    wait_for(lambda: bool(members(process, "raylet/raylet")), process)
     time.sleep(0.7)  # by now it most likely waits, deaf to signals, for the node to register
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=END_S + SLACK_S)
@@ -172,10 +158,10 @@ def test_a_signal_while_ray_starts(workplace: Path, arguments: list[str]) -> Non
 def test_a_signal_ends_a_job_whose_ray_hangs(workplace: Path, arguments: list[str]) -> None:
     output = workplace / "hanging"
     process = start([*arguments, "--output", str(output)], workplace)
-    wait_for(lambda: running("ShardWorker", process), process)
-    members = family(process)
+    wait_for(lambda: bool(members(process, "ShardWorker")), process)
+    everyone = members(process, "")
     try:
-        for member in members:
+        for member in everyone:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.suspend()
         began = time.monotonic()
@@ -186,7 +172,7 @@ def test_a_signal_ends_a_job_whose_ray_hangs(workplace: Path, arguments: list[st
         assert process.stderr.read().splitlines()[-1].endswith("; start the same command again to go on")
         assert leases(output) == []
     finally:
-        for member in members:
+        for member in everyone:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         if process.poll() is None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import signal
 import time
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import psutil
 import pytest
 
 from nanovllm.engine.poison import VARIABLE
-from tests.integration.jobs import SLOW, kill_everything, parts, report, run, start, table_of, wait_for
+from tests.integration.jobs import SLOW, end, members, parts, run, start, table_of, wait_for
 
 POISONED = 123  # of the undisturbed dataset's rows, the one whose prompt holds "fox 123"
 
@@ -39,15 +37,13 @@ def test_a_prompt_that_kills_the_engine_is_one_error_row(
     assert "finished: 240 rows (3 with an error)" in done.stdout
     rows, expected = table_of(output), table_of(undisturbed)
     assert rows.schema == expected.schema
-    assert rows.slice(POISONED, 1).to_pylist()[0] | {"id": POISONED, "where": None, "tags": None} == {
+    assert rows.slice(POISONED, 1).to_pylist()[0] == {
         **expected.slice(POISONED, 1).to_pylist()[0],
         "generated_text": None,
         "finish_reason": "error",
         "num_input_tokens": 0,
         "num_generated_tokens": 0,
         "error": f"the engine died of this row: {reason}",
-        "where": None,
-        "tags": None,
     }
     others = [row for row in range(240) if row != POISONED]
     assert rows.take(others).to_pylist() == expected.take(others).to_pylist()
@@ -79,17 +75,14 @@ def test_an_actor_that_hangs_is_replaced(
     )
     try:
         wait_for(lambda: len(parts(output)) >= 1, job)
-        actors = [p for p in psutil.Process(job.pid).children(recursive=True) if "ShardWorker" in " ".join(p.cmdline())]
-        assert len(actors) == 1
-        os.kill(actors[0].pid, signal.SIGSTOP)
+        (actor,) = members(job, "ShardWorker")
+        actor.suspend()
         began = time.monotonic()
         with contextlib.suppress(psutil.NoSuchProcess):
-            actors[0].wait(timeout=60)  # 2 s of silence, a look every second, and a process that kills
+            actor.wait(timeout=60)  # 2 s of silence, a look every second, and a process that kills
         print(f"ended after {time.monotonic() - began:.1f} s")
-        out, err = job.communicate(timeout=120)
     finally:
-        if job.poll() is None:
-            kill_everything(job)
-    assert (job.returncode, f"killed pid {actors[0].pid} on node" in err) == (0, True)
+        done = end(job)
+    assert done.returncode == 0
+    assert f"killed pid {actor.pid} on node" in done.stderr
     assert parts(output) == parts(undisturbed)
-    assert report(output)["this_start"]["reused_rows"] > 0 or "resuming" not in out
