@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.chaos import GenerateJob, Schedule, play
 from tests.integration.jobs import SLOW, parts, table_of
 
 FAULTS = 4
 
 
+@pytest.mark.long
 def test_random_faults(undisturbed: Path, dataset: Path, chat_model_dir: Path, tmp_path: Path) -> None:
     settings = [*SLOW, "run.replicas=2", "run.num_cpus=1", "engine.num_kvcache_blocks=4"]
     arguments = ["--model", str(chat_model_dir), "--input", str(dataset), *settings]

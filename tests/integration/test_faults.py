@@ -167,7 +167,7 @@ def test_the_driver_is_killed(job: Job, undisturbed: Path) -> None:
 def test_the_driver_is_stopped_and_the_head_replaced(job: Job, undisturbed: Path) -> None:
     job.arguments += ["run.journal_flush_s=1000"]  # no flush but the one that the signal causes
     process = job.start()
-    wait_for(lambda: len(job.unkept()) >= 10, process)
+    wait_for(lambda: job.is_half_way() and len(job.unkept()) >= 10, process)
     assert journalled_rows(job.output) == 0
     workers = actors(job.nodes)
     done = set(job.computed().rows)

@@ -51,6 +51,7 @@ def test_a_prompt_that_kills_the_engine_is_one_error_row(
     assert 2 <= engines - 1 <= deaths + 1  # an engine for every death, and one each to end the job's two passes
 
 
+@pytest.mark.long
 def test_engines_that_die_whatever_they_run_end_the_job(
     workplace: Path, dataset: Path, chat_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,6 +175,7 @@ def test_a_store_that_fails_now_and_then(undisturbed: Path, workplace: Path, s3:
     assert {"503", "500", "delay", "unanswered", "torn", "away"} == set(proxy.failed)
 
 
+@pytest.mark.long
 def test_a_store_that_stays_away(undisturbed: Path, workplace: Path, s3: int, chat_model_dir: Path) -> None:
     with FaultyProxy(s3, seed=12) as proxy:
         output = s3_address(proxy.port, "away")
