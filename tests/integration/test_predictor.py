@@ -65,6 +65,9 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports[1]}"
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address=127.0.0.1", "--block"]
     command += [f"--port={ports[0]}", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}", "--num-cpus=2"]
+    # Its default, 52365, lies among the ports that other clusters on this machine may have been given; an agent that cannot
+    # listen there goes on without, and every job is answered "No available agent" for ever.
+    command += ["--dashboard-agent-listen-port=0"]
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
