@@ -42,6 +42,11 @@ class EngineConfig(BaseModel):
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights of the config's shapes.")
     enable_prefix_caching: bool = Field(True, description="Reuse the KV of equal prompt prefixes, block by block.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds requests that bring no seed of their own.")
+    reasoning: bool = Field(
+        False,
+        description="The model thinks before it answers, between <think> and </think>: outputs come in two parts, and structured "
+        "outputs begin after the thinking.",
+    )
     quantization: None = Field(None, description="Weight quantization; this version knows none.")
     kv_cache_dtype: Literal["auto"] = Field("auto", description="Type of the KV cache; auto: the model's.")
     trust_remote_code: bool = Field(False, description="Let the tokenizer run Python code from the model directory.")

@@ -53,12 +53,18 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def match_prefix(self, seq: Sequence) -> list[int]:
-        """Ids of cached blocks that hold the longest known prefix of `seq`, at least its last token left to compute."""
+        """Ids of cached blocks that hold the longest known prefix of `seq`, at least its last token left to compute.
+
+        Where log-probabilities of its prompt are asked for, nothing from there on is taken from the cache.
+        """
         if not self.enable_prefix_caching:
             return []
+        most = seq.num_tokens - 1
+        if seq.extra is not None and seq.extra.first_scored is not None:
+            most = min(most, seq.extra.first_scored)
         matched: list[int] = []
         node = 0
-        for index in range((seq.num_tokens - 1) // self.block_size):
+        for index in range(most // self.block_size):
             block = self._lookup(self._hash(seq, index), node, self._tokens(seq, index))
             if block is None:
                 break

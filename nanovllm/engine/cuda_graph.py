@@ -26,51 +26,70 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """Graphs of `decode`, captured when this is made.
+    """Graphs of `decode`, each captured when it is first needed, unless `capture_all` did so before.
 
     Args:
-        decode: a decode step of the sequences in the state slots [B] it is given; returns the sampled tokens [B].
+        decode: a decode step of the sequences in the state slots [B] it is given; returns tensors of B rows.
         max_num_seqs: largest batch; padding_slot: fills up a graph's batch, and nothing happens to it.
+        pool: of other graphs, whose memory these use too where only one of them all runs at a time.
 
     Attributes:
-        seconds, num_bytes: what the capture took.
+        seconds, num_bytes: what `capture_all` took.
     """
 
     def __init__(
-        self, decode: Callable[[torch.Tensor], torch.Tensor], max_num_seqs: int, padding_slot: int, device: torch.device
+        self,
+        decode: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
+        max_num_seqs: int,
+        padding_slot: int,
+        device: torch.device,
+        pool: tuple[int, int] | None = None,
     ) -> None:
-        start = time.perf_counter()
+        self.decode = decode
         self.sizes = graph_sizes(max_num_seqs)
         self.padding_slot = padding_slot
         self.device = device
         self.slots = torch.full((max_num_seqs,), padding_slot, dtype=torch.int64, device=device)
         self.loaded = np.full(max_num_seqs, padding_slot)
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(device)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]] = {}
+        self.pool = pool or torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        self.seconds, self.num_bytes = 0.0, 0
+
+    def capture_all(self) -> None:
+        """Capture the graphs of all sizes."""
+        start = time.perf_counter()
         gc.collect()
         torch.cuda.empty_cache()  # as each capture does, so that it does not count
-        free = torch.cuda.mem_get_info(device)[0]
+        free = torch.cuda.mem_get_info(self.device)[0]
         # The largest first: the smaller ones find room in its memory, as only one runs at a time.
         for size in reversed(self.sizes):
-            # Kernels are compiled and loaded outside of the capture.
-            decode(self.slots[:size])
-            torch.cuda.current_stream(device).synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: another thread of the process may use CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                tokens = decode(self.slots[:size])
-            self.graphs[size] = graph, tokens
-        torch.cuda.synchronize(device)
-        self.num_bytes = free - torch.cuda.mem_get_info(device)[0]
+            self._capture(size)
+        torch.cuda.synchronize(self.device)
+        self.num_bytes = free - torch.cuda.mem_get_info(self.device)[0]
         self.seconds = time.perf_counter() - start
+
+    def _capture(self, size: int) -> None:
+        slots = self.slots[:size]
+        # Nothing may happen to the sequences of the step that is to be run.
+        wanted = slots.clone()
+        slots.fill_(self.padding_slot)
+        # Kernels are compiled and loaded outside of the capture.
+        self.decode(slots)
+        torch.cuda.current_stream(self.device).synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: another thread of the process may use CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            outputs = self.decode(slots)
+        self.graphs[size] = graph, outputs
+        slots.copy_(wanted)
 
     def padded(self, batch: int) -> int:
         """Rows of the graph that runs `batch` sequences."""
         return self.sizes[bisect_left(self.sizes, batch)]
 
-    def replay(self, slots: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Decode the sequences in `slots` [B]; the tokens [B], valid until the next replay on this stream."""
+    def replay(self, slots: npt.NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
+        """Decode the sequences in `slots` [B]; what `decode` returns, B rows of each, valid until the next replay on this stream."""
         count = len(slots)
         size = self.padded(count)
         wanted = np.full(size, self.padding_slot)
@@ -78,6 +97,8 @@ class DecodeGraphs:
         if not np.array_equal(wanted, self.loaded[:size]):
             self.slots[:size].copy_(to_device(wanted, self.device))
             self.loaded[:size] = wanted
-        graph, tokens = self.graphs[size]
+        if size not in self.graphs:
+            self._capture(size)
+        graph, outputs = self.graphs[size]
         graph.replay()
-        return tokens[:count]
+        return tuple(tensor[:count] for tensor in outputs)

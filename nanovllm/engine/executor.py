@@ -26,10 +26,11 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.engine.model_input import ModelInput
 from nanovllm.engine.model_runner import ModelRunner, resolve_device
+from nanovllm.engine.row_sampling import SamplingInput
+from nanovllm.engine.step_result import StepCopy, StepResult
 from nanovllm.errors import EngineDeadError, UserError
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.config import ModelConfig
-from nanovllm.utils.transfer import HostCopy
 
 # What ranks find in their environment unless the user has set it. They share a host and its kernel's sockets, nothing more.
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -74,15 +75,23 @@ class Executor(ABC):
 
     @abstractmethod
     def launch(self, step: ModelInput) -> None:
-        """Start one step; it may still run when this returns.
+        """Start one step; it may still run when this returns. One that is `extended` waits for `sample` before it samples.
 
         Raises:
             EngineDeadError: a rank died.
         """
 
     @abstractmethod
-    def collect(self) -> list[int]:
-        """Wait for the oldest step not collected yet; the token of each sequence that samples, in batch order.
+    def sample(self, asked: SamplingInput) -> None:
+        """Let the extended step that was launched last sample.
+
+        Raises:
+            EngineDeadError: a rank died.
+        """
+
+    @abstractmethod
+    def collect(self) -> StepResult:
+        """Wait for the oldest step not collected yet.
 
         Raises:
             EngineDeadError: a rank died.
@@ -116,17 +125,24 @@ class UniprocExecutor(Executor):
         self.runner: ModelRunner | None = ModelRunner(config, model_config, max_model_len, TensorParallel())
         self.num_kvcache_blocks = choose_num_blocks(config, self.runner.max_kvcache_blocks())
         self.summary = self.runner.start(self.num_kvcache_blocks)
-        self.in_flight: deque[HostCopy] = deque()
+        self.in_flight: deque[StepCopy] = deque()
 
     def launch(self, step: ModelInput) -> None:
         """See `Executor.launch`."""
         if self.runner is None:
             raise EngineDeadError("the engine was shut down")
-        self.in_flight.append(self.runner.launch(step))
+        copy = self.runner.launch(step)
+        if copy is not None:
+            self.in_flight.append(copy)
 
-    def collect(self) -> list[int]:
+    def sample(self, asked: SamplingInput) -> None:
+        """See `Executor.sample`."""
+        assert self.runner is not None
+        self.in_flight.append(self.runner.sample(asked))
+
+    def collect(self) -> StepResult:
         """See `Executor.collect`."""
-        return self.in_flight.popleft().tolist()
+        return self.in_flight.popleft().result()
 
     def discard(self) -> None:
         """See `Executor.discard`."""
@@ -174,12 +190,17 @@ class MultiprocExecutor(Executor):
         for rank in range(len(self.processes)):
             self._send(rank, step)
 
-    def collect(self) -> list[int]:
+    def sample(self, asked: SamplingInput) -> None:
+        """See `Executor.sample`."""
+        for rank in range(len(self.processes)):
+            self._send(rank, asked)
+
+    def collect(self) -> StepResult:
         """See `Executor.collect`. Every rank answers, so that the death of any is seen."""
         if not self.processes:
             raise EngineDeadError("the engine was shut down")
-        tokens: list[int] = self._receive_all()[0]
-        return tokens
+        result: StepResult = self._receive_all()[0]
+        return result
 
     def discard(self) -> None:
         """See `Executor.discard`. The ranks would still answer, so they end."""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
-from collections.abc import Iterable
-from collections.abc import Sequence as Sized
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import xxhash
+import numpy as np
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
@@ -17,10 +13,11 @@ from nanovllm.engine.executor import create_executor
 from nanovllm.engine.model_input import build_model_input, order_batch
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.poison import Poison
+from nanovllm.engine.request_maker import Prompt, RequestMaker
+from nanovllm.engine.row_sampling import SamplingInput, build_sampling_input, note_logprobs
 from nanovllm.engine.scheduler import ScheduledSequence, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.errors import UserError
-from nanovllm.outputs import RequestOutput, error_output
+from nanovllm.outputs import RequestOutput
 from nanovllm.preflight import check_model
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.log import get_logger
@@ -29,7 +26,12 @@ from nanovllm.utils.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt = str | Sized[int]
+
+class Flight(NamedTuple):
+    """A step that was launched and not read yet. `settled`: ids of sequences whose sampled token does not count."""
+
+    batch: list[ScheduledSequence]
+    settled: set[int]
 
 
 class EngineStats(NamedTuple):
@@ -64,59 +66,43 @@ class LLMEngine:
         self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(self.config)
         self.executor = create_executor(self.config, self.model_config, self.max_model_len)
         get_logger(__name__).info("%s: %s", self.config.model, self.executor.summary)
+        self.requests = RequestMaker(
+            self.config, self.model_config, self.tokenizer, self.max_model_len, self.executor.num_kvcache_blocks
+        )
         self._start_empty()
-        self.counter = itertools.count()
         self.steps = self.prompt_tokens = self.generated_tokens = self.cached_tokens = 0
 
     @property
     def max_prompt_len(self) -> int:
         """Longest prompt that can run, in tokens: it leaves room to generate one, and fits the KV pool."""
-        return min(self.max_model_len - 1, self._pool_tokens)
+        return self.requests.max_prompt_len
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens the tokenizer adds by itself."""
-        if self.tokenizer is None:
-            raise UserError(f"{self.config.model} has no tokenizer; give prompts as token ids")
-        token_ids: list[int] = self.tokenizer.encode(text)
-        return token_ids
+        return self.requests.encode(text)
 
     def make_sequence(self, prompt: Prompt, params: SamplingParams) -> Sequence | RequestOutput:
-        """Tokenize and check one request, on any thread; an output with `error` where it cannot run."""
-        problem = params.problem()
-        if problem:
-            return error_output(problem)
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                return error_output("the model has no tokenizer; give the prompt as token ids")
-            try:
-                token_ids = self.encode(prompt)
-            except Exception as error:  # the tokenizer's own: a lone surrogate is no text
-                return error_output(f"the prompt cannot be tokenized: {error}")
-        elif isinstance(prompt, Iterable):
-            token_ids = list(prompt)
-        else:
-            return error_output(f"the prompt is {prompt!r}; it must be a string or a list of token ids")
-        problem = self._prompt_problem(token_ids) or self._params_problem(params)
-        if problem:
-            return error_output(problem, len(token_ids))
-        room = min(self.max_model_len - len(token_ids), self._pool_tokens - len(token_ids) + 1)
-        seq_id = next(self.counter)
-        if self.poison:
-            self.poison.look(seq_id, prompt)
-        seed = params.seed
-        if seed is None:
-            seed = xxhash.xxh64_intdigest(seq_id.to_bytes(8, "little"), seed=self.config.seed) >> 1
-        return Sequence(seq_id, token_ids, params, min(params.max_tokens, room), seed)
+        """Tokenize and check one request, on any thread; an output with `error` where it cannot run.
+
+        A request of several sequences (samples, labels) is its first one: `step` returns that one when all have ended.
+        """
+        made = self.requests.make(prompt, params)
+        if self.poison and isinstance(made, Sequence):
+            self.poison.look(made.seq_id, prompt)
+        return made
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence from `make_sequence`."""
-        self.prompt_tokens += seq.num_prompt_tokens
-        self.scheduler.add(seq)
+        for member in seq.members:
+            self.prompt_tokens += member.num_prompt_tokens
+            self.scheduler.add(member)
 
     def abort(self, seq: Sequence) -> None:
-        """Stop working on an unfinished sequence."""
-        self.scheduler.finish(seq, "error")
-        self.output_processor.forget(seq)
+        """Stop working on an unfinished request."""
+        for member in seq.members:
+            if member.status is not SequenceStatus.FINISHED:
+                self.scheduler.finish(member, "error")
+            self.output_processor.forget(member)
 
     @property
     def has_work(self) -> bool:
@@ -124,43 +110,96 @@ class LLMEngine:
         return self.scheduler.has_work or bool(self.in_flight)
 
     def step(self) -> list[tuple[Sequence, RequestOutput]]:
-        """Launch one step and read the one before (with `async_scheduling` off: this one); the sequences that finished.
+        """Launch one step and read the one before (with `async_scheduling` off: this one); the requests that finished.
 
         Raises:
             EngineDeadError: a rank died; this engine cannot be used any more.
         """
         batch = order_batch(self.scheduler.schedule())
+        finished: list[tuple[Sequence, RequestOutput]] = []
         if batch:
-            self.in_flight.append(batch)
+            self.in_flight.append(Flight(batch, set()))
             if self.poison:
                 self.poison.strike(batch)
-            self.executor.launch(build_model_input(batch))
+            asked = build_sampling_input(batch, self.model_config.vocab_size)
+            self.executor.launch(build_model_input(batch, asked is not None))
+            if asked is not None:
+                if any(item.samples and item.seq.extra and item.seq.extra.needs_tokens for item in batch):
+                    # What may come next depends on the tokens of the step before, which ends now; the device goes on with this one.
+                    while len(self.in_flight) > 1:
+                        finished += self._collect()
+                    asked = self._constrain(asked, finished)
+                self.executor.sample(asked)
             self.steps += 1
         # Nothing to launch: what is in flight must come first.
         if self.in_flight and (not batch or len(self.in_flight) > self.config.async_scheduling):
-            return self._collect()
-        return []
+            finished += self._collect()
+        return finished
+
+    def _constrain(self, asked: SamplingInput, finished: list[tuple[Sequence, RequestOutput]]) -> SamplingInput:
+        """Add to `asked` what the tokens so far rule out in the step launched last, and go on at once where they leave one way."""
+        batch, settled = self.in_flight[-1]
+        states, rows = [], []
+        bans: list[tuple[int, int]] = []
+        row = 0
+        for seq, _, _, samples in batch:
+            extra = seq.extra
+            if extra is None or not samples or not extra.samples_differently:
+                continue
+            if seq.status is not SequenceStatus.FINISHED:
+                constraint = extra.constraint
+                forced = [] if constraint is None or extra.params.logprobs is not None else constraint.forced_tokens()
+                if len(forced := forced[: seq.max_new_tokens - seq.num_generated_tokens - 1]) > 1:
+                    settled.add(seq.seq_id)
+                    seq.num_pending -= 1
+                    seq.on_device = False  # it knows neither the last token nor how many there are
+                    for token_id in forced:
+                        if self._append(seq, token_id, finished):
+                            break
+                elif constraint is not None and constraint.needs_mask:
+                    states.append(constraint)
+                    rows.append(row)
+                bans += [(row, token) for token in extra.banned_next(seq.token_ids, seq.num_prompt_tokens)]
+            row += 1
+        masks = np.zeros((len(states), asked.masks.shape[1]), dtype=np.int32)
+        if states:
+            self.requests.grammars.fill_masks(states, masks)
+        return asked.with_grammar(masks, rows, bans)
 
     def _collect(self) -> list[tuple[Sequence, RequestOutput]]:
         """Read the oldest step in flight and apply the stop rules to its tokens."""
-        tokens = self.executor.collect()
+        result = self.executor.collect()
         finished: list[tuple[Sequence, RequestOutput]] = []
-        sampled = [item.seq for item in self.in_flight.popleft() if item.samples]
-        for seq, token_id in zip(sampled, tokens, strict=True):
-            seq.num_pending -= 1
-            if seq.status is SequenceStatus.FINISHED:  # sampled before it was known that the sequence ends
+        batch, settled = self.in_flight.popleft()
+        note_logprobs(batch, result)
+        sampled = [item.seq for item in batch if item.samples]
+        for seq, token_id in zip(sampled, result.tokens, strict=True):
+            if seq.seq_id in settled:
                 continue
-            self.generated_tokens += 1
-            reason = self.output_processor.append(seq, token_id)
-            if reason is not None:
-                self.scheduler.finish(seq, reason)
-                self.cached_tokens += seq.num_cached_tokens
-                finished.append((seq, self.output_processor.output(seq)))
+            seq.num_pending -= 1
+            if seq.status is not SequenceStatus.FINISHED:  # else: sampled before it was known that the sequence ends
+                self._append(seq, token_id, finished)
         return finished
+
+    def _append(self, seq: Sequence, token_id: int, finished: list[tuple[Sequence, RequestOutput]]) -> bool:
+        """Add a token to `seq`; whether that ends it. What is finished with it is added to `finished`."""
+        self.generated_tokens += 1
+        reason = self.output_processor.append(seq, token_id)
+        if reason is None:
+            return False
+        self.scheduler.finish(seq, reason)
+        self.cached_tokens += seq.num_cached_tokens
+        output: RequestOutput | None = self.output_processor.output(seq)
+        assert output is not None
+        if seq.group is not None:
+            output = seq.group.finished(seq, output)
+        if output is not None:
+            finished.append((seq.members[0], output))
+        return True
 
     def ids_in_step(self) -> set[int]:
         """Ids of the sequences in steps that have begun and not ended: where the engine died, the ones that may have done it."""
-        return {item.seq.seq_id for batch in self.in_flight for item in batch}
+        return {item.seq.members[0].seq_id for flight in self.in_flight for item in flight.batch}
 
     def stats(self) -> EngineStats:
         """Counters and state; cheap enough for every second."""
@@ -195,34 +234,8 @@ class LLMEngine:
         self.block_manager = BlockManager(
             self.executor.num_kvcache_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
         )
-        # The batch of each step that was launched and not read yet.
-        self.in_flight: deque[list[ScheduledSequence]] = deque()
+        self.in_flight: deque[Flight] = deque()
         self.scheduler = Scheduler(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.block_manager)
-        self.output_processor = OutputProcessor(self.tokenizer, self.model_config.eos_token_ids)
-
-    @property
-    def _pool_tokens(self) -> int:
-        return len(self.block_manager.blocks) * self.config.kvcache_block_size
-
-    def _prompt_problem(self, token_ids: list[int]) -> str | None:
-        if not token_ids:
-            return "the prompt is empty; it must have at least one token"
-        vocab_size = self.model_config.vocab_size
-        # Three passes in C for plain integers; the exact check is a hundred times slower.
-        plain = {*map(type, token_ids)} == {int} and min(token_ids) >= 0 and max(token_ids) < vocab_size
-        wrong = [] if plain else [t for t in token_ids if not isinstance(t, Integral) or not 0 <= t < vocab_size]
-        if wrong:
-            return f"the prompt holds {wrong[0]!r}, which is not a token id of this model (0 to {vocab_size - 1})"
-        if len(token_ids) >= self.max_model_len:
-            return (
-                f"the prompt has {len(token_ids)} tokens, the most is {self.max_model_len - 1} "
-                f"(max_model_len={self.max_model_len} less one to generate)"
-            )
-        if len(token_ids) > self._pool_tokens:
-            return f"the prompt has {len(token_ids)} tokens, the KV cache holds {self._pool_tokens}"
-        return None
-
-    def _params_problem(self, params: SamplingParams) -> str | None:
-        if params.stop_strings and self.tokenizer is None:
-            return "stop strings need a tokenizer and the model has none; use stop_token_ids"
-        return None
+        self.output_processor = OutputProcessor(
+            self.tokenizer, self.model_config.eos_token_ids, self.requests.think_tags
+        )

@@ -28,6 +28,7 @@ class ModelInput(NamedTuple):
         new_blocks: [3, U] slot, column and block id of block table entries to write first.
         new_sequences: [5, N] slot, token, position, tokens generated before and seed of sequences that begin to sample;
             token and position count only for decodes. new_temperatures: [N] theirs.
+        extended: a `SamplingInput` follows, without which nothing is sampled.
     """
 
     num_decodes: int
@@ -39,6 +40,7 @@ class ModelInput(NamedTuple):
     new_blocks: Ints
     new_sequences: Ints
     new_temperatures: npt.NDArray[np.float32]
+    extended: bool = False
 
 
 def is_decode(item: ScheduledSequence) -> bool:
@@ -51,7 +53,7 @@ def order_batch(batch: list[ScheduledSequence]) -> list[ScheduledSequence]:
     return sorted(batch, key=lambda item: -item.start if is_decode(item) else 1)
 
 
-def build_model_input(batch: list[ScheduledSequence]) -> ModelInput:
+def build_model_input(batch: list[ScheduledSequence], extended: bool = False) -> ModelInput:
     """Flatten an ordered `batch`. Notes in each sequence what the device has been told of it."""
     num_decodes = sum(map(is_decode, batch))
     token_ids: list[int] = []
@@ -81,4 +83,5 @@ def build_model_input(batch: list[ScheduledSequence]) -> ModelInput:
         new_blocks=np.array(new_blocks, dtype=np.int64).reshape(-1, 3).T,
         new_sequences=np.array(new_sequences, dtype=np.int64).reshape(-1, 5).T,
         new_temperatures=np.array(temperatures, dtype=np.float32),
+        extended=extended,
     )

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,10 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.engine.cuda_graph import DecodeGraphs, graph_sizes
 from nanovllm.engine.device_state import DeviceState
+from nanovllm.engine.extended_sampler import ExtendedSampler
 from nanovllm.engine.model_input import ModelInput
+from nanovllm.engine.row_sampling import SamplingInput
+from nanovllm.engine.step_result import StepCopy
 from nanovllm.errors import UserError
 from nanovllm.kernels.sampling import LEAST_KEY
 from nanovllm.layers.attention import Attention, AttentionBatch, select_backend
@@ -24,7 +28,7 @@ from nanovllm.models.registry import ARCHITECTURES
 from nanovllm.utils.context import ForwardContext
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.loader import init_dummy, load_model
-from nanovllm.utils.transfer import HostCopy, to_device
+from nanovllm.utils.transfer import to_device
 
 # A pool on the CPU is no larger than this: host memory is shared, and prefix reuse gains little beyond it.
 MAX_CPU_POOL_BYTES = 4 << 30
@@ -60,6 +64,20 @@ def resolve_dtype(config: EngineConfig, model_config: ModelConfig, device: torch
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UserError(f"the checkpoint's dtype {name!r} is not known; set dtype to float32, float16 or bfloat16")
     return dtype
+
+
+class Forward(NamedTuple):
+    """A step of S sequences that sample, up to their last hidden states.
+
+    Attributes:
+        hidden: [T, H] of all tokens; last: [S, H] of those sequences' last ones.
+        slots, lens: [S] their state slots, and tokens in the cache.
+    """
+
+    hidden: torch.Tensor
+    last: torch.Tensor
+    slots: torch.Tensor
+    lens: torch.Tensor
 
 
 class ModelRunner:
@@ -117,6 +135,11 @@ class ModelRunner:
         self.state = DeviceState(self.max_num_seqs, blocks, config.kvcache_block_size, self.device)
         self.keys = torch.full((self.max_num_seqs,), LEAST_KEY, dtype=torch.int64, device=self.device)
         self.graphs: DecodeGraphs | None = None
+        self.forward_graphs: DecodeGraphs | None = None
+        self.extended_sampler = ExtendedSampler(
+            self.model.lm_head, self.state.temperatures, self.state.seeds, self.state.steps
+        )
+        self.waits: Forward | None = None
 
     @property
     def uses_graphs(self) -> bool:
@@ -172,9 +195,7 @@ class ModelRunner:
         pool = f"{num_blocks} KV blocks of {self.config.kvcache_block_size} tokens ({num_blocks * self.block_bytes >> 20} MiB)"
         parts = [name, dtype, f"attention backend {backend}", pool]
         if self.uses_graphs:
-            self.graphs = DecodeGraphs(
-                lambda slots: self._decode(slots, None), self.max_num_seqs, self.state.padding_slot, self.device
-            )
+            self.graphs, self.forward_graphs = self._make_graphs()
             took = f"{self.graphs.seconds:.1f} s and {self.graphs.num_bytes >> 20} MiB"
             parts.append(f"{len(self.graphs.sizes)} CUDA graphs in {took}")
         else:
@@ -182,32 +203,72 @@ class ModelRunner:
         return ", ".join(parts)
 
     @torch.inference_mode()
-    def launch(self, step: ModelInput) -> HostCopy:
-        """Start one step; the sampled token of each sequence that samples, in batch order, once it is done."""
+    def launch(self, step: ModelInput) -> StepCopy | None:
+        """Start one step; what it samples, once it is done. None where it is extended: `sample` starts the rest of it."""
         self.state.update(step)
-        if step.num_decodes < len(step.slots):
-            tokens = self._mixed(step)
-        elif self.graphs is not None:
-            tokens = self.graphs.replay(step.slots)
+        decodes = step.num_decodes == len(step.slots)
+        if decodes and self.graphs is not None and not step.extended:
+            return StepCopy(self.graphs.replay(step.slots)[0])
+        if not decodes:
+            forward = self._mixed(step)
+        elif self.forward_graphs is not None:
+            hidden, lens = self.forward_graphs.replay(step.slots)
+            forward = Forward(hidden, hidden, self.forward_graphs.slots[: len(hidden)], lens)
         else:
-            tokens = self._decode(to_device(step.slots, self.device), step.context_lens)
-        return HostCopy(tokens)
+            forward = self._decode(to_device(step.slots, self.device), step.context_lens)
+        if step.extended:
+            self.waits = forward
+            return None
+        return StepCopy(self._sample(forward))
+
+    @torch.inference_mode()
+    def sample(self, asked: SamplingInput) -> StepCopy:
+        """Sample the extended step that was launched last; what it samples and reports, once it is done."""
+        forward, self.waits = self.waits, None
+        assert forward is not None, "no step waits for its sampling"
+        slots, keys = forward.slots, self.keys[: len(forward.slots)]
+        tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
+        logprobs = None
+        if len(slots):
+            logits = self.model.compute_logits(forward.last)
+            if len(asked.rows) < len(slots):
+                self._draw(logits, slots, keys)
+            raw = self.extended_sampler.replace_keys(logits, slots, asked, keys)
+            self.state.advance(keys, slots, forward.lens, tokens)
+            logprobs = self.extended_sampler.sampled(raw, slots, asked, tokens)
+        return StepCopy(tokens, logprobs, self.extended_sampler.score(forward.hidden, asked))
 
     def discard(self) -> None:
-        """Forget a step that was cut short between its sampling and the state's advance."""
+        """Forget a step that was cut short between its sampling and the state's advance, or before its sampling."""
         self.keys.fill_(LEAST_KEY)
+        self.waits = None
 
-    def _decode(self, slots: torch.Tensor, host_lens: list[int] | None) -> torch.Tensor:
-        """One token more of each sequence in `slots` [B]: the sampled tokens [B]."""
+    def _make_graphs(self) -> tuple[DecodeGraphs, DecodeGraphs]:
+        """Graphs of whole decode steps, and those, made as they are needed, that leave out the sampling."""
+
+        def whole(slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (self._sample(self._decode(slots, None)),)
+
+        def forward(slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            step = self._decode(slots, None)
+            return step.hidden, step.lens
+
+        count, padding = self.max_num_seqs, self.state.padding_slot
+        graphs = DecodeGraphs(whole, count, padding, self.device)
+        graphs.capture_all()
+        return graphs, DecodeGraphs(forward, count, padding, self.device, graphs.pool)
+
+    def _decode(self, slots: torch.Tensor, host_lens: list[int] | None) -> Forward:
+        """One token more of each sequence in `slots` [B]."""
         inputs = self.state.gather_decode(slots)
         batch = AttentionBatch(
             self.state.block_tables, self.config.kvcache_block_size, slots, inputs.context_lens, host_lens
         )
         context = ForwardContext(inputs.slot_mapping, self.backend.plan(batch))
         hidden = self.model(inputs.token_ids, inputs.positions, context)
-        return self._sample(hidden, slots, inputs.context_lens)
+        return Forward(hidden, hidden, slots, inputs.context_lens)
 
-    def _mixed(self, step: ModelInput) -> torch.Tensor:
+    def _mixed(self, step: ModelInput) -> Forward:
         """A step with prefill chunks, after its decodes if it has any."""
         decodes = step.num_decodes
         query_lens, lens = np.array(step.query_lens), np.array(step.context_lens)
@@ -241,18 +302,28 @@ class ModelRunner:
             slot_mapping = torch.cat((inputs.slot_mapping, slot_mapping))
         context = ForwardContext(slot_mapping, self.backend.plan(batch))
         hidden = self.model(token_ids, positions, context)
-        return self._sample(hidden[sampling[0]], sampling[1], sampling[2])
+        return Forward(hidden, hidden[sampling[0]], sampling[1], sampling[2])
 
-    def _sample(self, hidden: torch.Tensor, slots: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
-        """The next token [S] of the sequences in `slots` [S], from their last hidden states [S, H]; the state moves past it."""
+    def _sample(self, forward: Forward) -> torch.Tensor:
+        """The next tokens [S]; the state moves past them."""
+        slots = forward.slots
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
         if len(slots):
-            state = self.state
-            logits = self.model.compute_logits(hidden)
             keys = self.keys[: len(slots)]
-            sample(self.model.lm_head, logits, slots, state.temperatures, state.seeds, state.steps, keys)
-            state.advance(keys, slots, lens, tokens)
+            self._draw(self.model.compute_logits(forward.last), slots, keys)
+            self.state.advance(keys, slots, forward.lens, tokens)
         return tokens
+
+    def _draw(self, logits: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor) -> None:
+        """Sample from this rank's `logits` [S, columns] into `keys` [S]."""
+        state = self.state
+        sample(self.model.lm_head, logits, slots, state.temperatures, state.seeds, state.steps, keys)
+
+    def _run(self, step: ModelInput) -> None:
+        """Launch a plain step and wait for its end."""
+        copy = self.launch(step)
+        assert copy is not None
+        copy.result()
 
     def _allocate_kv_cache(self, num_blocks: int) -> None:
         """Zeroed: attention reads padding slots and masks them, so all must be finite."""
@@ -276,12 +347,12 @@ class ModelRunner:
         while left > 0 and len(lens) < count:
             lens.append(max(1, min(self.max_model_len, left - (count - len(lens) - 1))))
             left -= lens[-1]
-        self.launch(_warm_up_step(lens, decode=False)).tolist()
+        self._run(_warm_up_step(lens, decode=False))
         graph_bytes = 0
         if self.uses_graphs:
             before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.launch(_warm_up_step([self.max_model_len] * count, decode=True)).tolist()
+            self._run(_warm_up_step([self.max_model_len] * count, decode=True))
             peak = torch.cuda.max_memory_allocated(self.device) - before
             # Only one graph runs at a time, so they share the largest one's memory; each has its own description.
             graph_bytes = peak * 5 // 4 + len(graph_sizes(count)) * len(self.attention_layers) * GRAPH_LAYER_BYTES

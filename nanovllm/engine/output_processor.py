@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
 
+from nanovllm.engine.reasoning import ThinkTags, split_token_ids
 from nanovllm.engine.sequence import Sequence
-from nanovllm.outputs import FinishReason, RequestOutput
+from nanovllm.outputs import FinishReason, Logprob, RequestOutput, TokenLogprobs, error_output
+from nanovllm.structured_outputs import parsed_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,11 +22,12 @@ class IncrementalDetokenizer:
     Characters that end in the middle of a token's bytes appear once they are whole.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True) -> None:
         self.tokenizer = tokenizer
+        self.skip_special_tokens = skip_special_tokens
         # A slow (pure Python) tokenizer has no backend to stream with; it decodes the whole list again.
         self.backend = getattr(tokenizer, "_tokenizer", None)
-        self.stream = DecodeStream(skip_special_tokens=True)
+        self.stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self.token_ids: list[int] = []
         self.text = ""
 
@@ -32,13 +35,13 @@ class IncrementalDetokenizer:
         """Add a token; the whole text so far."""
         self.token_ids.append(token_id)
         if self.backend is None:
-            self.text = self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
+            self.text = self.tokenizer.decode(self.token_ids, skip_special_tokens=self.skip_special_tokens)
             return self.text
         try:
             self.text += self.stream.step(self.backend, token_id) or ""
         except Exception:  # the stream's own error on byte sequences that are no text; it cannot go on from there
-            self.text = self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
-            self.stream = DecodeStream(skip_special_tokens=True)
+            self.text = self.tokenizer.decode(self.token_ids, skip_special_tokens=self.skip_special_tokens)
+            self.stream = DecodeStream(skip_special_tokens=self.skip_special_tokens)
         return self.text
 
 
@@ -48,25 +51,44 @@ class OutputProcessor:
     Args:
         tokenizer: None where the model has none: outputs then have no text, and stop strings cannot be used.
         eos_token_ids: ids that end a sequence unless it ignores them.
+        think_tags: of a model that thinks first, whose reasoning becomes a part of its own; else None.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, eos_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        eos_token_ids: Iterable[int],
+        think_tags: ThinkTags | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.think_tags = think_tags
         self.eos_token_ids = frozenset(eos_token_ids)
         self.detokenizers: dict[int, IncrementalDetokenizer] = {}
 
     def append(self, seq: Sequence, token_id: int) -> FinishReason | None:
         """Add a sampled token to `seq`; why it is finished, or None where it goes on."""
         seq.token_ids.append(token_id)
+        constraint = seq.extra.constraint if seq.extra is not None else None
+        if constraint is not None and not constraint.accept(token_id):
+            seq.problem = (
+                f"token {token_id} was sampled, which structured_outputs does not allow beside the other parameters"
+            )
+            return "error"
         if self._is_stop_token(seq, token_id) or (seq.params.stop and self._stop_string_seen(seq, token_id)):
+            return "stop"
+        if constraint is not None and constraint.is_stopped:
             return "stop"
         return "length" if seq.num_generated_tokens >= seq.max_new_tokens else None
 
     def output(self, seq: Sequence) -> RequestOutput:
         """The output of a finished sequence."""
         self.detokenizers.pop(seq.seq_id, None)
-        return RequestOutput(
-            text=self._text(seq),
+        if seq.problem is not None:
+            return error_output(seq.problem, seq.num_prompt_tokens)
+        extra = seq.extra
+        reasoning, answer = self._split(seq)
+        output = RequestOutput(
+            text=self._text(seq, answer),
             token_ids=seq.generated_token_ids,
             finish_reason=seq.finish_reason or "error",
             num_input_tokens=seq.num_prompt_tokens,
@@ -75,6 +97,35 @@ class OutputProcessor:
             logprobs=None,
             error=None,
         )
+        if self.think_tags is not None:
+            output["reasoning_text"] = None if reasoning is None else self._decode(seq, reasoning).strip()
+            output["text"] = output["text"].lstrip()
+        if extra is None:
+            return output
+        if seq.params.logprobs is not None:
+            output["logprobs"] = [
+                self._logprobs([(t.token_id, t.logprob, t.rank)], t.top_ids, t.top_logprobs)
+                for t in extra.logprobs[: seq.num_generated_tokens]
+            ]
+        if seq.params.prompt_logprobs is not None:
+            output["prompt_logprobs"] = [None]
+            for position in range(seq.num_prompt_tokens - 1):
+                scores = extra.scores[position]
+                own = (seq.token_ids[position + 1], scores.logprobs[0], scores.ranks[0])
+                output["prompt_logprobs"].append(self._logprobs([own], scores.top_ids, scores.top_logprobs))
+        structure = seq.params.structure
+        if structure is not None and extra.constraint is not None:
+            complete = extra.constraint.is_complete
+            output["parsed"], _ = parsed_value(structure, output["text"], seq.finish_reason, complete)
+        return output
+
+    def _logprobs(
+        self, own: list[tuple[int, float, int]], top_ids: list[int], top_logprobs: list[float]
+    ) -> TokenLogprobs:
+        """The likeliest tokens of a position, and the one that is there, as (id, log-probability, rank)."""
+        entries = [*own, *((i, p, rank) for rank, (i, p) in enumerate(zip(top_ids, top_logprobs, strict=True), 1))]
+        texts = {} if self.tokenizer is None else {i: self.tokenizer.decode([i]) for i, _, _ in entries}
+        return {i: Logprob(p, rank, texts.get(i)) for i, p, rank in reversed(entries)}
 
     def forget(self, seq: Sequence) -> None:
         """Drop what is kept for a sequence that ended without an output."""
@@ -90,20 +141,38 @@ class OutputProcessor:
             return False
         detokenizer = self.detokenizers.get(seq.seq_id)
         if detokenizer is None:
-            detokenizer = self.detokenizers[seq.seq_id] = IncrementalDetokenizer(self.tokenizer)
+            skip = seq.params.skip_special_tokens
+            detokenizer = self.detokenizers[seq.seq_id] = IncrementalDetokenizer(self.tokenizer, skip)
         before = len(detokenizer.text)
         text = detokenizer.append(token_id)
         # A stop string may begin in text that was there before this token.
-        return any(stop in text[max(0, before - len(stop)) :] for stop in seq.params.stop_strings)
+        return seq.num_generated_tokens >= seq.params.min_tokens and any(
+            stop in text[max(0, before - len(stop)) :] for stop in seq.params.stop_strings
+        )
 
-    def _text(self, seq: Sequence) -> str:
+    def _split(self, seq: Sequence) -> tuple[list[int] | None, list[int]]:
+        """Tokens of the reasoning, None where there is none, and of the answer."""
+        token_ids = seq.generated_token_ids
+        if self.think_tags is None:
+            return None, token_ids
+        state = self.think_tags.prompt_state(seq.token_ids[: seq.num_prompt_tokens])
+        reasoning, answer = split_token_ids(token_ids, self.think_tags, state)
+        return reasoning or None, answer
+
+    def _decode(self, seq: Sequence, token_ids: list[int]) -> str:
         if self.tokenizer is None:
             return ""
-        token_ids = seq.generated_token_ids
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=seq.params.skip_special_tokens)
+        return text
+
+    def _text(self, seq: Sequence, token_ids: list[int]) -> str:
+        """The text of the answer `token_ids`, cut where a stop string begins."""
         keep = seq.params.include_stop_str_in_output
         if token_ids and not keep and self._is_stop_token(seq, token_ids[-1]):
             token_ids = token_ids[:-1]
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        text = self._decode(seq, token_ids)
+        if seq.finish_reason != "stop" and seq.params.min_tokens:
+            return text  # what there is of them came before they counted
         found = [(at, stop) for stop in seq.params.stop_strings if (at := text.find(stop)) >= 0]
         if found:
             at, stop = min(found)

@@ -23,9 +23,10 @@ import torch.distributed as dist
 
 from nanovllm.engine.executor import RankReply, RankSetup
 from nanovllm.engine.model_runner import GpuMemory, ModelRunner, resolve_device
+from nanovllm.engine.row_sampling import SamplingInput
+from nanovllm.engine.step_result import StepCopy
 from nanovllm.errors import UserError
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.utils.transfer import HostCopy
 
 # How long a rank waits for its next message before it looks whether its step is done: short against any step.
 POLL_SECONDS = 50e-6
@@ -81,13 +82,16 @@ def serve(connection: Connection) -> None:
         runner = build_runner(setup)
         connection.send(RankReply(runner.max_kvcache_blocks()))
         connection.send(RankReply(f"{runner.start(connection.recv())}, {runner.tp.summary}"))
-        in_flight: deque[HostCopy] = deque()
+        in_flight: deque[StepCopy] = deque()
         while True:
             # The next step is launched as soon as it is known, also while this one runs.
             if not in_flight or connection.poll(0 if in_flight[0].ready() else POLL_SECONDS):
-                in_flight.append(runner.launch(connection.recv()))
+                message = connection.recv()
+                copy = runner.sample(message) if isinstance(message, SamplingInput) else runner.launch(message)
+                if copy is not None:
+                    in_flight.append(copy)
             elif in_flight[0].ready():
-                connection.send(RankReply(in_flight.popleft().tolist()))
+                connection.send(RankReply(in_flight.popleft().result()))
     finally:
         _remove(setup.rendezvous)
 

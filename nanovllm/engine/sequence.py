@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
+from nanovllm.engine.row_sampling import RowSampling
 from nanovllm.outputs import FinishReason
 from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.request_group import RequestGroup
 
 
 class SequenceStatus(Enum):
@@ -31,12 +36,17 @@ class Sequence:
         num_registered_blocks, prefix_node: how much of the block table the prefix cache knows, and its last node.
         slot: its place in the device's state while it runs, else -1.
         num_sent_blocks, on_device: how much of the block table the device has, and whether it has the sampling state.
+        extra: what it asks of the sampler beyond a temperature, or None.
+        group: the request it is a part of, where that has several sequences.
+        problem: why it ended with "error", where it did so by itself.
     """
 
     __slots__ = (
         "block_hashes",
         "block_table",
+        "extra",
         "finish_reason",
+        "group",
         "max_new_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -47,6 +57,7 @@ class Sequence:
         "on_device",
         "params",
         "prefix_node",
+        "problem",
         "seed",
         "seq_id",
         "slot",
@@ -55,7 +66,13 @@ class Sequence:
     )
 
     def __init__(
-        self, seq_id: int, token_ids: list[int], params: SamplingParams, max_new_tokens: int, seed: int
+        self,
+        seq_id: int,
+        token_ids: list[int],
+        params: SamplingParams,
+        max_new_tokens: int,
+        seed: int,
+        extra: RowSampling | None = None,
     ) -> None:
         self.seq_id = seq_id
         self.token_ids = list(token_ids)
@@ -63,6 +80,9 @@ class Sequence:
         self.params = params
         self.max_new_tokens = max_new_tokens
         self.seed = seed
+        self.extra = extra
+        self.group: RequestGroup | None = None
+        self.problem: str | None = None
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.num_cached_tokens = -1
@@ -79,6 +99,11 @@ class Sequence:
         self.prefix_node = 0
         self.num_sent_blocks = 0
         self.on_device = False
+
+    @property
+    def members(self) -> list[Sequence]:
+        """All sequences of its request."""
+        return [self] if self.group is None else self.group.members
 
     @property
     def num_tokens(self) -> int:

@@ -65,6 +65,14 @@ class TensorParallel:
             dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
         return x
 
+    def all_gather_last(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [N, C] of all ranks side by side: [N, C * size], in the order of the ranks."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
+
     def partial_buffer(self, slot: int, tokens: int, size: int, dtype: torch.dtype) -> torch.Tensor | None:
         """Where to write partial sums [tokens, size] that `all_reduce_add_norm` is given next; None: in any fresh tensor.
 

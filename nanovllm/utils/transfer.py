@@ -33,9 +33,9 @@ class HostCopy:
         """Whether `tolist` would return at once."""
         return self.event is None or self.event.query()
 
-    def tolist(self) -> list[int]:
-        """The values, once they have arrived."""
+    def tolist(self) -> list[Any]:
+        """The values, once they have arrived; nested as the tensor is."""
         if self.event is not None:
             self.event.synchronize()
-        values: list[int] = self.tensor.tolist()
+        values: list[Any] = self.tensor.tolist()
         return values

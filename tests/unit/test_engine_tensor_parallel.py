@@ -320,7 +320,7 @@ def run_steps(tp: TensorParallel, model_dir: Path) -> list[int]:
         new_temperatures=np.zeros(0, dtype=np.float32),
     )
     steps = [prefill, *(decode._replace(context_lens=[length]) for length in range(10, 15))]
-    return [token for step in steps for token in runner.launch(step).tolist()]
+    return [token for step in steps for token in runner.launch(step).result().tokens]
 
 
 def decode_with_the_kernel(model_dir: Path, tp: TensorParallel, results: Any) -> None:
