@@ -248,8 +248,8 @@ def test_samples_of_one_prompt(chat_model_dir: Path) -> None:
 def test_stop_strings_count_from_min_tokens(chat_model_dir: Path) -> None:
     llm = LLM(str(chat_model_dir), kvcache_block_size=16)
     letters = "abcdefghijklmnopqrstuvwxyz "
-    (free,) = run(llm, ["fox"], SamplingParams(1.0, 30, seed=2, stop=[letter for letter in letters]))
-    (late,) = run(llm, ["fox"], SamplingParams(1.0, 30, seed=2, stop=[letter for letter in letters], min_tokens=12))
+    (free,) = run(llm, ["fox"], SamplingParams(1.0, 30, seed=2, stop=list(letters)))
+    (late,) = run(llm, ["fox"], SamplingParams(1.0, 30, seed=2, stop=list(letters), min_tokens=12))
     assert free["num_generated_tokens"] < 12 <= late["num_generated_tokens"]
 
 
