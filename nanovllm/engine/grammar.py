@@ -1,0 +1,317 @@
+"""Grammars of constrained outputs, by llguidance: compiled once a schema, then one state a sequence that says which tokens
+may come next. No torch; llguidance is imported when the first grammar is compiled.
+
+A mask is a row of int32 words: bit `i % 32` of word `i // 32` is set where token `i` is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanovllm.errors import UserError
+from nanovllm.structured_outputs import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nanovllm.engine.reasoning import Constraint
+
+# Compiled grammars kept; each takes about 130 KiB.
+CACHE_SIZE = 512
+# JSON as `json.dumps` writes it, and with whitespace of the model's choice.
+_FIXED_WHITESPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_ANY_WHITESPACE = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+# A schema cannot switch on what is refused here: keywords that are read over.
+_JSON_OPTIONS = {"lenient": False, "coerce_one_of": False}
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer, and fills the masks of their states. Every method may be called on any thread.
+
+    Args:
+        tokenizer: of the model; must be a fast one.
+        vocab_size: width of the model's logits, which may be larger than the tokenizer's vocabulary, not smaller.
+        eos_token_ids: all tokens that end a sequence; the tokenizer's own where the model names none.
+        threads: that fill masks, beside the caller's; 1 fills them on the caller's.
+        cache_size: compiled grammars kept, the least recently used goes first.
+
+    Raises:
+        UserError: llguidance is missing, or cannot read the tokenizer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        threads: int = 1,
+        cache_size: int = CACHE_SIZE,
+    ) -> None:
+        llguidance = import_llguidance()
+        self.vocab_size = vocab_size
+        self.mask_words = (vocab_size + 31) // 32
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids] or own))
+        self.cache_size = cache_size
+        self._matcher_type = llguidance.LLMatcher
+        self._tokenizer = _read_tokenizer(tokenizer, vocab_size, self.eos_token_ids)
+        self._free_words = _words_without(self.eos_token_ids, len(tokenizer), self.mask_words)
+        self._executor = llguidance.LLExecutor(threads) if threads > 1 else None
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[tuple[object, ...], Grammar | str] = OrderedDict()
+
+    def compile(self, params: StructuredOutputsParams) -> Grammar:
+        """The compiled grammar, kept for the next call with equal parameters.
+
+        Raises:
+            UserError: it cannot be compiled; one line that says why.
+        """
+        made = self._lookup(params)
+        if isinstance(made, str):
+            raise UserError(made)
+        return made
+
+    def problem(self, params: StructuredOutputsParams) -> str | None:
+        """Why the grammar cannot be compiled, in one line, or None. Warnings of llguidance are problems too."""
+        made = self._lookup(params)
+        return made if isinstance(made, str) else None
+
+    def fill_masks(self, states: Sequence[Constraint], out: NDArray[np.int32]) -> None:
+        """Fill row `i` of `out` ([n or more, W] int32, C-contiguous) with the mask of `states[i]`.
+
+        With several threads they work in parallel without the GIL; a state must not stand in the list twice.
+        """
+        if out.dtype != np.int32 or out.ndim != 2 or not out.flags.c_contiguous:
+            raise ValueError("masks must be a C-contiguous int32 array [n, W]")
+        if out.shape[1] != self.mask_words or out.shape[0] < len(states):
+            raise ValueError(f"masks are {out.shape}, must be ({len(states)}, {self.mask_words})")
+        jobs = []
+        for row, state in enumerate(states):
+            inner = state.mask_state if self._executor is not None else None
+            if inner is None:
+                state.fill_mask(out[row])
+            else:
+                jobs.append((inner.matcher, row))
+        if jobs and self._executor is not None:
+            self._executor.unsafe_compute_mask_ptr(jobs, out.ctypes.data, self.mask_words * 4, out.shape[0])
+
+    def _lookup(self, params: StructuredOutputsParams) -> Grammar | str:
+        problem = params.problem()
+        if problem:
+            return problem
+        key = params.key
+        with self._lock:
+            found = self._cache.get(key)
+            if found is not None:
+                self._cache.move_to_end(key)
+                return found
+        # Outside of the lock: threads compile side by side. Two that compile the same lose one's work.
+        made = self._compile(params)
+        with self._lock:
+            self._cache[key] = made
+            self._cache.move_to_end(key)
+            while len(self._cache) > self.cache_size:
+                self._cache.popitem(last=False)
+        return made
+
+    def _compile(self, params: StructuredOutputsParams) -> Grammar | str:
+        try:
+            text = _grammar_text(self._matcher_type, params)
+        except ValueError as error:
+            return _refusal(params, str(error))
+        matcher = self._matcher_type(self._tokenizer, text, log_level=0)
+        if matcher.is_error():
+            return _refusal(params, matcher.get_error())
+        warnings = matcher.get_grammar_warnings()
+        if warnings:
+            return _refusal(params, "; ".join(warnings))
+        return Grammar(matcher, self.eos_token_ids, self._free_words)
+
+
+class Grammar:
+    """A compiled grammar. `start()` gives the state of a new sequence, on any thread."""
+
+    def __init__(self, matcher: Any, eos_token_ids: tuple[int, ...], free_words: NDArray[np.int32]) -> None:
+        self._matcher = matcher
+        self._eos_token_ids = eos_token_ids
+        self._free_words = free_words
+
+    def start(self) -> GrammarState:
+        """A state before the first token, independent of all others."""
+        return GrammarState(self._matcher.deep_copy(), self._eos_token_ids, self._free_words)
+
+
+class GrammarState:
+    """Where one sequence stands in its grammar.
+
+    Used by one thread at a time. The engine fills a mask, samples, and hands the token to `accept`; a preempted sequence keeps
+    its state, since it keeps its tokens.
+    """
+
+    __slots__ = ("_eos_token_ids", "_free_words", "is_finished", "matcher")
+
+    def __init__(self, matcher: Any, eos_token_ids: tuple[int, ...], free_words: NDArray[np.int32]) -> None:
+        self.matcher = matcher
+        self._eos_token_ids = eos_token_ids
+        self._free_words = free_words
+        self.is_finished = False  # an end-of-sequence token was accepted
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether the next token is constrained: always."""
+        return True
+
+    @property
+    def is_complete(self) -> bool:
+        """The grammar may end here: what has been generated is valid as it is."""
+        return bool(self.matcher.is_accepting()) and not self.matcher.is_error()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Nothing but an end-of-sequence token may follow; the engine may as well end the sequence."""
+        return self.is_finished or (bool(self.matcher.is_stopped()) and not self.matcher.is_error())
+
+    @property
+    def problem(self) -> str | None:
+        """Why the grammar cannot go on, or None: it grew past llguidance's limits. Masks then allow only the end."""
+        return one_line(self.matcher.get_error()) if self.matcher.is_error() else None
+
+    @property
+    def mask_state(self) -> GrammarState:
+        """The state whose mask is this one's."""
+        return self
+
+    def accept(self, token_id: int) -> bool:
+        """Advance by a generated token; False, and nothing changes, where the grammar does not allow it."""
+        if token_id in self._eos_token_ids:
+            # A grammar that failed must be able to end, too; it is not complete then.
+            if not (self.is_complete or self.matcher.is_error()):
+                return False
+            self.is_finished = True
+            return True
+        if self.is_finished:
+            return False
+        return bool(self.matcher.try_consume_tokens([token_id]) == 1)
+
+    def fill_mask(self, mask: NDArray[np.int32]) -> None:
+        """Write the tokens allowed next to `mask` ([W] int32, contiguous), W = ceil(vocab / 32).
+
+        Every end-of-sequence token of the model is allowed exactly where the grammar may end; ids past the tokenizer's
+        vocabulary never are. At least one token is, unless the model has no end-of-sequence token.
+        """
+        self.matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+
+    def fill_free_mask(self, mask: NDArray[np.int32]) -> None:
+        """Write a mask that allows every token of the tokenizer that does not end the sequence."""
+        mask[:] = self._free_words
+
+    def forced_tokens(self) -> list[int]:
+        """Tokens that may be appended without sampling, since the grammar leaves one text; they are not consumed.
+
+        The text is forced, and the tokens are those that the tokenizer makes of it: the mask may allow other tokens, of
+        which the same text can be made. Never holds an end-of-sequence token.
+        """
+        if self.is_stopped:
+            return []
+        return [int(token_id) for token_id in self.matcher.compute_ff_tokens()]
+
+
+def import_llguidance() -> Any:
+    """The module llguidance.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import llguidance
+        import llguidance.hf
+    except ImportError as error:
+        raise UserError(
+            f"structured_outputs needs llguidance, which cannot be imported ({error}); pip install llguidance"
+        ) from None
+    return llguidance
+
+
+def grammar_problem(params: StructuredOutputsParams) -> str | None:
+    """Why `params` cannot be compiled, in one line, or None: without a tokenizer, for a check before a job starts.
+
+    Raises:
+        UserError: llguidance is missing.
+    """
+    problem = params.problem()
+    if problem:
+        return problem
+    matcher_type = import_llguidance().LLMatcher
+    try:
+        text = _grammar_text(matcher_type, params)
+    except ValueError as error:
+        return _refusal(params, str(error))
+    _, messages = matcher_type.validate_grammar_with_warnings(text)
+    return _refusal(params, "; ".join(messages)) if messages else None
+
+
+def allow_only(mask: NDArray[np.int32], token_ids: Iterable[int]) -> None:
+    """Write a mask that allows `token_ids` and nothing else."""
+    ids = np.fromiter(token_ids, np.int64)
+    words = mask.view(np.uint32)
+    words[:] = 0
+    np.bitwise_or.at(words, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
+
+
+def allow_all(mask: NDArray[np.int32], vocab_size: int) -> None:
+    """Write a mask that allows every id below `vocab_size`."""
+    words, rest = divmod(vocab_size, 32)
+    mask[:words] = -1
+    mask[words:] = 0
+    if rest:
+        mask[words] = (1 << rest) - 1
+
+
+def one_line(message: str) -> str:
+    """A message of llguidance on one line, at most 300 characters."""
+    text = " ".join(message.split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _read_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: tuple[int, ...]) -> Any:
+    from llguidance import hf
+
+    if not eos_token_ids:
+        raise UserError("structured_outputs needs an end-of-sequence token, and neither model nor tokenizer names one")
+    try:
+        return hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids))
+    except Exception as error:  # llguidance's are ValueError and RuntimeError; pyo3 has others
+        raise UserError(f"structured_outputs cannot use this tokenizer: {one_line(str(error))}") from None
+
+
+def _words_without(token_ids: Iterable[int], size: int, mask_words: int) -> NDArray[np.int32]:
+    bits = np.zeros(mask_words * 32, np.uint8)
+    bits[:size] = 1
+    bits[list(token_ids)] = 0
+    return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
+
+
+def _grammar_text(matcher_type: Any, params: StructuredOutputsParams) -> str:
+    """The grammar as llguidance reads it. Raises ValueError where the schema is no JSON object."""
+    if params.schema is not None:
+        whitespace = _FIXED_WHITESPACE if params.disable_any_whitespace else _ANY_WHITESPACE
+        return str(matcher_type.grammar_from_json_schema(params.schema, overrides={**_JSON_OPTIONS, **whitespace}))
+    if params.kind == "regex":
+        return str(matcher_type.grammar_from_regex(params.regex))
+    if params.kind == "choice":
+        # One terminal: its automaton follows all choices at once, also where one begins with another.
+        return str(
+            matcher_type.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, params.choice or ())))
+        )
+    return str(matcher_type.grammar_from_lark(params.grammar))
+
+
+def _refusal(params: StructuredOutputsParams, reason: str) -> str:
+    return f"structured_outputs {params.kind} cannot be compiled: {one_line(reason)}"
