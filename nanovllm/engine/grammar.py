@@ -25,11 +25,14 @@ if TYPE_CHECKING:
 
 # Compiled grammars kept; each takes about 130 KiB.
 CACHE_SIZE = 512
+# A long constant is forced piece by piece.
+MAX_FORCED_TOKENS = 256
 # JSON as `json.dumps` writes it, and with whitespace of the model's choice.
 _FIXED_WHITESPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ANY_WHITESPACE = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
-# A schema cannot switch on what is refused here: keywords that are read over.
-_JSON_OPTIONS = {"lenient": False, "coerce_one_of": False}
+# A schema cannot switch on what is refused here, keywords that are read over. Without \u no name has two spellings: with it
+# "\u0061" passes for an additional property beside "a", and takes its place when it is read.
+_JSON_OPTIONS = {"lenient": False, "coerce_one_of": False, "json_allowed_escapes": '"\\bfnrt'}
 
 
 class GrammarCompiler:
@@ -61,6 +64,7 @@ class GrammarCompiler:
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids] or own))
         self.cache_size = cache_size
         self._matcher_type = llguidance.LLMatcher
+        self._limits = llguidance.LLParserLimits(verbose_errors=False)
         self._tokenizer = _read_tokenizer(tokenizer, vocab_size, self.eos_token_ids)
         self._free_words = _words_without(self.eos_token_ids, len(tokenizer), self.mask_words)
         self._executor = llguidance.LLExecutor(threads) if threads > 1 else None
@@ -126,13 +130,29 @@ class GrammarCompiler:
             text = _grammar_text(self._matcher_type, params)
         except ValueError as error:
             return _refusal(params, str(error))
-        matcher = self._matcher_type(self._tokenizer, text, log_level=0)
+        matcher = self._matcher_type(self._tokenizer, text, log_level=0, limits=self._limits)
         if matcher.is_error():
             return _refusal(params, matcher.get_error())
         warnings = matcher.get_grammar_warnings()
         if warnings:
             return _refusal(params, "; ".join(warnings))
-        return Grammar(matcher, self.eos_token_ids, self._free_words)
+        grammar = Grammar(matcher, self.eos_token_ids, self._free_words)
+        reason = self._dead_end(grammar.start())
+        return _refusal(params, reason) if reason else grammar
+
+    def _dead_end(self, state: GrammarState) -> str | None:
+        """Why the grammar ends where it begins, or None.
+
+        A schema that no text satisfies, or none of finite length, may compile; it fails where the mask after its forced
+        text is made. What fails further on is the `problem` of the sequence that comes there.
+        """
+        mask = np.empty(self.mask_words, np.int32)
+        state.fill_mask(mask)
+        if not state.problem and not (mask & self._free_words).any():
+            return "it allows nothing but an empty output"
+        state.matcher.consume_tokens(state.matcher.compute_ff_tokens())
+        state.fill_mask(mask)
+        return f"no finite text satisfies it, or it is too complex: {state.problem}" if state.problem else None
 
 
 class Grammar:
@@ -216,11 +236,11 @@ class GrammarState:
         """Tokens that may be appended without sampling, since the grammar leaves one text; they are not consumed.
 
         The text is forced, and the tokens are those that the tokenizer makes of it: the mask may allow other tokens, of
-        which the same text can be made. Never holds an end-of-sequence token.
+        which the same text can be made. Never holds an end-of-sequence token. At most `MAX_FORCED_TOKENS` at a time.
         """
         if self.is_stopped:
             return []
-        return [int(token_id) for token_id in self.matcher.compute_ff_tokens()]
+        return list(self.matcher.compute_ff_tokens()[:MAX_FORCED_TOKENS])
 
 
 def import_llguidance() -> Any:
@@ -248,12 +268,14 @@ def grammar_problem(params: StructuredOutputsParams) -> str | None:
     problem = params.problem()
     if problem:
         return problem
-    matcher_type = import_llguidance().LLMatcher
+    llguidance = import_llguidance()
+    matcher_type = llguidance.LLMatcher
     try:
         text = _grammar_text(matcher_type, params)
     except ValueError as error:
         return _refusal(params, str(error))
-    _, messages = matcher_type.validate_grammar_with_warnings(text)
+    limits = llguidance.LLParserLimits(verbose_errors=False)
+    _, messages = matcher_type.validate_grammar_with_warnings(text, limits=limits)
     return _refusal(params, "; ".join(messages)) if messages else None
 
 
@@ -276,7 +298,7 @@ def allow_all(mask: NDArray[np.int32], vocab_size: int) -> None:
 
 def one_line(message: str) -> str:
     """A message of llguidance on one line, at most 300 characters."""
-    text = " ".join(message.split())
+    text = " ".join(message.replace("<non-verbose/>", "").split())
     return text if len(text) <= 300 else text[:297] + "..."
 
 

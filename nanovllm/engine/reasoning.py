@@ -206,7 +206,7 @@ class ReasoningGate:
             self.forced = list(self.tags.end_ids)
             if self.prompt_state == "absent" and self.num_thinking_tokens == 0:
                 # An empty block as the templates write it, not an end tag out of nowhere.
-                self.forced[:0] = self.tags.start_ids
+                self.forced[:0] = self.tags.start_ids + self.tags.separator_ids
 
 
 Constraint = GrammarState | ReasoningGate
