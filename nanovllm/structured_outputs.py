@@ -11,13 +11,15 @@ characters at a place.
 from __future__ import annotations
 
 import json as jsonlib
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nanovllm.errors import UserError
 from nanovllm.outputs import FinishReason
+from nanovllm.utils.json_schema import schema_mistake
 from nanovllm.utils.validation import suggest
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
@@ -26,7 +28,7 @@ KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _JSON_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s"]+')
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class StructuredOutputsParams:
     """The form an output must have; exactly one of the first five is set.
 
@@ -47,6 +49,8 @@ class StructuredOutputsParams:
     grammar: str | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool = True
+    # A schema takes a tenth of a millisecond to read; rows that share the parameters read it once.
+    _memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def coerce(cls, value: object) -> StructuredOutputsParams:
@@ -61,7 +65,7 @@ class StructuredOutputsParams:
             return value
         if not isinstance(value, Mapping):
             raise UserError(f"structured_outputs={value!r}: must be a mapping with one of {', '.join(KINDS)}")
-        known = [field.name for field in fields(cls)]
+        known = [one.name for one in fields(cls) if one.init]
         for name in value:
             if name not in known:
                 raise UserError(f"unknown key {str(name)!r} in structured_outputs: {suggest(str(name), known)}")
@@ -87,15 +91,24 @@ class StructuredOutputsParams:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for parameters that allow the same texts, and hashable. Only where `problem()` is None."""
-        kind = self.kind
-        if self.schema is not None:
-            return ("json", self.schema, self.disable_any_whitespace)
-        if kind == "choice":
-            return ("choice", *(self.choice or ()))
-        return (kind, getattr(self, kind))
+        if "key" not in self._memo:
+            kind, schema = self.kind, self.schema
+            if schema is not None:
+                self._memo["key"] = ("json", schema, self.disable_any_whitespace)
+            else:
+                value = getattr(self, kind)
+                self._memo["key"] = (kind, value if isinstance(value, str) else tuple(value))
+        key: tuple[object, ...] = self._memo["key"]
+        return key
 
     def problem(self) -> str | None:
         """What is wrong in one line, or None. A schema, regex or grammar is compiled by `GrammarCompiler.problem` only."""
+        if "problem" not in self._memo:
+            self._memo["problem"] = self._find_problem()
+        problem: str | None = self._memo["problem"]
+        return problem
+
+    def _find_problem(self) -> str | None:
         given = [name for name in KINDS if self._given(name)]
         if len(given) != 1:
             found = " and ".join(given) if given else "none"
@@ -128,7 +141,8 @@ class StructuredOutputsParams:
             return f"json={_short(self.json)}: is no JSON: {error}"
         if not text.startswith("{"):
             return f"json={_short(self.json)}: must be a JSON schema, which is an object"
-        return _encoding_problem("json", text)
+        mistake = schema_mistake(jsonlib.loads(text))
+        return f"json: {mistake}" if mistake else _encoding_problem("json", text)
 
     def _choice_problem(self) -> str | None:
         choice = self.choice
@@ -203,7 +217,7 @@ def _encoding_problem(name: str, text: str) -> str | None:
 
 def _compact_json(text: str) -> str:
     """JSON text without whitespace between its tokens; numbers are not read, for no type of Python holds all of them."""
-    jsonlib.loads(text, parse_int=str, parse_float=str, parse_constant=_no_constant)
+    jsonlib.loads(text, parse_int=str, parse_float=_finite, parse_constant=_no_constant)
     return "".join(_compact_string(piece) if piece[0] == '"' else piece for piece in _JSON_PIECE.findall(text))
 
 
@@ -211,6 +225,12 @@ def _compact_string(literal: str) -> str:
     compact = jsonlib.dumps(jsonlib.loads(literal), ensure_ascii=False)
     # Half a surrogate pair can be escaped in JSON, and stored nowhere.
     return compact if _encoding_problem("", compact) is None else literal
+
+
+def _finite(digits: str) -> None:
+    # 1e999 is JSON, and reads as infinity, which is not.
+    if math.isinf(float(digits)):
+        raise ValueError(f"{_short(digits)} is too large for a number")
 
 
 def _no_constant(name: str) -> None:
