@@ -14,7 +14,8 @@ import json as jsonlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from nanovllm.errors import UserError
@@ -28,7 +29,7 @@ KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _JSON_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|[^\s"]+')
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StructuredOutputsParams:
     """The form an output must have; exactly one of the first five is set.
 
@@ -49,8 +50,6 @@ class StructuredOutputsParams:
     grammar: str | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool = True
-    # A schema takes a tenth of a millisecond to read; rows that share the parameters read it once.
-    _memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def coerce(cls, value: object) -> StructuredOutputsParams:
@@ -65,7 +64,7 @@ class StructuredOutputsParams:
             return value
         if not isinstance(value, Mapping):
             raise UserError(f"structured_outputs={value!r}: must be a mapping with one of {', '.join(KINDS)}")
-        known = [one.name for one in fields(cls) if one.init]
+        known = [one.name for one in fields(cls)]
         for name in value:
             if name not in known:
                 raise UserError(f"unknown key {str(name)!r} in structured_outputs: {suggest(str(name), known)}")
@@ -88,27 +87,22 @@ class StructuredOutputsParams:
             return _schema_text(self.json)
         return None
 
-    @property
+    # Kept, like the problem: a schema takes a tenth of a millisecond to read, and rows that share it need not.
+    @cached_property
     def key(self) -> tuple[object, ...]:
         """Equal for parameters that allow the same texts, and hashable. Only where `problem()` is None."""
-        if "key" not in self._memo:
-            kind, schema = self.kind, self.schema
-            if schema is not None:
-                self._memo["key"] = ("json", schema, self.disable_any_whitespace)
-            else:
-                value = getattr(self, kind)
-                self._memo["key"] = (kind, value if isinstance(value, str) else tuple(value))
-        key: tuple[object, ...] = self._memo["key"]
-        return key
+        kind, schema = self.kind, self.schema
+        if schema is not None:
+            return ("json", schema, self.disable_any_whitespace)
+        value = getattr(self, kind)
+        return (kind, value if isinstance(value, str) else tuple(value))
 
     def problem(self) -> str | None:
         """What is wrong in one line, or None. A schema, regex or grammar is compiled by `GrammarCompiler.problem` only."""
-        if "problem" not in self._memo:
-            self._memo["problem"] = self._find_problem()
-        problem: str | None = self._memo["problem"]
-        return problem
+        return self._problem
 
-    def _find_problem(self) -> str | None:
+    @cached_property
+    def _problem(self) -> str | None:
         given = [name for name in KINDS if self._given(name)]
         if len(given) != 1:
             found = " and ".join(given) if given else "none"
