@@ -218,7 +218,7 @@ def make_regex(rng: random.Random, depth: int = 3) -> str:
 
 
 def make_choice(rng: random.Random) -> list[str]:
-    alphabet = ["a", "b", "ab", "the ", "quick", "Ä", "🙂", "\n", '"', "\\", "\x01", "/", "|", "<|im_end|>", "0"]
+    alphabet = ["a", "b", "ab", "the ", "quick", "Ä", "🙂", "\n", '"', "\\", "\x01", "/", "|", "<|", "0"]
     return sorted({"".join(rng.choices(alphabet, k=rng.randint(1, 5))) for _ in range(rng.randint(1, 12))})
 
 
