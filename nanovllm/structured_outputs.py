@@ -164,8 +164,8 @@ def parsed_value(
         text: the output without its reasoning and without the end-of-sequence token. Whitespace around it does not count,
             but for `regex` and `grammar`, where it may belong to the text.
         finish_reason: of the output.
-        complete: whether the grammar may end after the text (`GrammarState.is_complete`); None where that is not known,
-            and the text is then checked as far as it can be without the grammar.
+        complete: whether the grammar may end after the text (`GrammarState.is_complete`); None where that is not known:
+            JSON must then be readable, and a text of `regex` or `grammar` that was cut counts as incomplete.
 
     Returns:
         `(value, None)`: compact JSON text for `json` and `json_object` (keys in the order of the output, numbers digit by
@@ -191,8 +191,8 @@ def parsed_value(
             if choice in (text, text.strip()):
                 return choice, None
         return None, cut if finish_reason == "length" else f"the output {_short(text)} is none of the choices"
-    if complete is None and kind == "regex" and not _may_match(params.regex or "", text):
-        return None, cut if finish_reason == "length" else f"the output {_short(text)} does not match the regex"
+    if complete is None and finish_reason == "length":
+        return None, cut
     return text, None
 
 
@@ -229,13 +229,6 @@ def _finite(digits: str) -> None:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a value of JSON")
-
-
-def _may_match(regex: str, text: str) -> bool:
-    try:
-        return re.fullmatch(regex, text) is not None
-    except re.error:  # Rust's syntax has more: \p{L}, for one
-        return True
 
 
 def _short(value: object) -> str:

@@ -229,6 +229,7 @@ class GrammarState:
             # A grammar that failed must be able to end, too; it is not complete then.
             if not (self.is_complete or self.matcher.is_error()):
                 return False
+            self.matcher.try_consume_tokens([token_id])  # its masks allow nothing but the end from here on
             self.is_finished = True
             return True
         if self.is_finished:
