@@ -66,6 +66,8 @@ class GrammarCompiler:
         self._matcher_type = llguidance.LLMatcher
         self._limits = llguidance.LLParserLimits(verbose_errors=False)
         self._tokenizer = _read_tokenizer(tokenizer, vocab_size, self.eos_token_ids)
+        special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._special_texts = sorted({*special, *tokenizer.all_special_tokens})
         self._free_words = _words_without(self.eos_token_ids, len(tokenizer), self.mask_words)
         self._executor = llguidance.LLExecutor(threads) if threads > 1 else None
         self._lock = threading.Lock()
@@ -126,6 +128,15 @@ class GrammarCompiler:
         return made
 
     def _compile(self, params: StructuredOutputsParams) -> Grammar | str:
+        # Where the text is forced, tokenizing it makes the token that ends turns or sequences of it.
+        source = "\0".join(params.choice or ()) + (params.schema or params.regex or params.grammar or "").replace(
+            "\\", ""
+        )
+        for text in self._special_texts:
+            if text in source and params.kind != "grammar":
+                return _refusal(
+                    params, f"it holds the text of the special token {text!r}, which cannot be written as text"
+                )
         try:
             text = _grammar_text(self._matcher_type, params)
         except ValueError as error:
@@ -152,7 +163,7 @@ class GrammarCompiler:
             return "it allows nothing but an empty output"
         state.matcher.consume_tokens(state.matcher.compute_ff_tokens())
         state.fill_mask(mask)
-        return f"no text of finite length satisfies it: {state.problem}" if state.problem else None
+        return f"no finite text satisfies it, or it is too complex: {state.problem}" if state.problem else None
 
 
 class Grammar:
@@ -209,11 +220,16 @@ class GrammarState:
         return self
 
     def accept(self, token_id: int) -> bool:
-        """Advance by a generated token; False, and nothing changes, where the grammar does not allow it."""
+        """Advance by a generated token; False, and nothing changes, where its text does not fit the grammar.
+
+        All tokens of a mask fit, and where `forced_tokens` is empty no others. Where it is not, a token may fit that the mask
+        leaves out, because it spells the forced text in another way.
+        """
         if token_id in self._eos_token_ids:
             # A grammar that failed must be able to end, too; it is not complete then.
             if not (self.is_complete or self.matcher.is_error()):
                 return False
+            self.matcher.try_consume_tokens([token_id])  # its masks allow nothing but the end from here on
             self.is_finished = True
             return True
         if self.is_finished:
@@ -235,8 +251,7 @@ class GrammarState:
     def forced_tokens(self) -> list[int]:
         """Tokens that may be appended without sampling, since the grammar leaves one text; they are not consumed.
 
-        The text is forced, and the tokens are those that the tokenizer makes of it: the mask may allow other tokens, of
-        which the same text can be made. Never holds an end-of-sequence token. At most `MAX_FORCED_TOKENS` at a time.
+        The text is forced, and the tokens are those that the tokenizer makes of it; the mask, too, allows no others. Never holds an end-of-sequence token. At most `MAX_FORCED_TOKENS` at a time.
         """
         if self.is_stopped:
             return []
@@ -298,7 +313,7 @@ def allow_all(mask: NDArray[np.int32], vocab_size: int) -> None:
 
 def one_line(message: str) -> str:
     """A message of llguidance on one line, at most 300 characters."""
-    text = " ".join(message.split())
+    text = " ".join(message.replace("<non-verbose/>", "").split())
     return text if len(text) <= 300 else text[:297] + "..."
 
 
