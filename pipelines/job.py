@@ -159,10 +159,28 @@ def build(data: Mapping[str, Any]) -> JobConfig:
     problem = config.sampling.problem()
     if problem is not None:
         raise UserError(f"job config sampling.{problem}")
+    check_written(config.sampling)
     for name in ("model", "input", "output"):
         if not getattr(config, name):
             raise UserError(f"job config {name!r} is empty; give it a path")
     return config
+
+
+def check_written(sampling: SamplingParams) -> None:
+    """Refuse options whose results no column holds.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name, value, off in (
+        ("n", sampling.n, 1),
+        ("logprobs", sampling.logprobs, None),
+        ("prompt_logprobs", sampling.prompt_logprobs, None),
+    ):
+        if value != off:
+            raise UserError(
+                f"sampling {name}={value!r}: its results have no column yet; leave it out, or use LLM.generate"
+            )
 
 
 def _check_sampling_keys(sampling: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ray.data.block import BlockAccessor
 
 from nanovllm import AsyncLLM, EngineConfig, EngineDeadError, SamplingParams, UserError
 from nanovllm.utils.validation import parse, suggest
-from pipelines.job import ColumnsConfig, PromptConfig, TooLong
+from pipelines.job import ColumnsConfig, PromptConfig, TooLong, check_written
 from pipelines.rows import RowPath, RowResult, check_names, result_table, row_seed
 
 if TYPE_CHECKING:
@@ -121,4 +121,5 @@ def _sampling_params(given: SamplingParams | Mapping[str, Any] | None) -> Sampli
     problem = sampling.problem()
     if problem is not None:
         raise UserError(f"sampling_params: {problem}")
+    check_written(sampling)
     return sampling
