@@ -121,7 +121,7 @@ def suspend_when(
             worker.resume()
         assert process.poll() is None, f"the job ended first: {process.communicate()}"
         assert time.monotonic() < deadline, "the job never came so far"
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
 def report(output: Path | str) -> dict[str, Any]:

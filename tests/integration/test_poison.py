@@ -48,7 +48,8 @@ def test_a_prompt_that_kills_the_engine_is_one_error_row(
     others = [row for row in range(240) if row != POISONED]
     assert rows.take(others).to_pylist() == expected.take(others).to_pylist()
     engines = len(set(re.findall(r"MapWorker.* pid=(\d+).* KV blocks of", done.stdout + done.stderr)))
-    assert 2 <= engines - 1 <= deaths + 1  # an engine for every death, and one each to end the job's two passes
+    # An engine for every death, one each to end the job's two passes, and one that Ray may have started again when a pass was over.
+    assert 2 <= engines - 1 <= deaths + 2
 
 
 @pytest.mark.long
