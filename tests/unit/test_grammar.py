@@ -357,7 +357,7 @@ def run_many(
             assert wrong is None, (seed, wanted, text, wrong)
             value, problem = parsed_value(wanted, text, "stop", True)
             if value is None:
-                assert problem and re.search("is too large for a number", problem), (seed, text, problem)
+                assert problem and re.search(r"\d[eE].* is too large for a number", problem), (seed, text, problem)
     return refused, unfinished
 
 
@@ -400,7 +400,7 @@ def test_random_regexes(compiler: GrammarCompiler, tokenizer: PreTrainedTokenize
         compiler, tokenizer, lambda seed: params(regex=make_regex(random.Random(seed))), check, 250
     )
     assert refused <= 250 * 0.02
-    assert unfinished <= 500 * 0.1  # walks that were cut by their limit, which says nothing of the grammar
+    assert unfinished <= 500 * 0.08
 
 
 def test_random_choices(compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase) -> None:
