@@ -211,7 +211,10 @@ def test_on_a_store_of_fsspec_killed_it_ends_the_same(
     shutil.copytree(dataset, directory / directory.relative_to("/"))  # the path counts below the directory of `dir::`
     source, output = f"dir::file://{directory}", f"dir::file://{workplace}/fsspec-out"
     assert resolve(output).fs.type_name == "py::fsspec+dir"
-    command = [*arguments(chat_model_dir, source, output), "engine.max_num_seqs=2"]  # slower, so that the moment is not missed
+    command = [
+        *arguments(chat_model_dir, source, output),
+        "engine.max_num_seqs=2",
+    ]  # slower, so that the moment is not missed
     process = start(command, workplace)
     suspend_when(lambda: len(parts(output)) >= 1 and journalled_rows(output) >= 1, process)
     kill_everything(process)
