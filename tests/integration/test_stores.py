@@ -204,6 +204,7 @@ def test_a_store_that_stays_away(undisturbed: Path, workplace: Path, s3: int, ch
         assert report(seen)["this_start"]["reused_rows"] == journalled
 
 
+@pytest.mark.long  # the same on S3 is not; on a loaded machine the moment to kill at is missed
 def test_on_a_store_of_fsspec_killed_it_ends_the_same(
     undisturbed: Path, workplace: Path, dataset: Path, chat_model_dir: Path
 ) -> None:
