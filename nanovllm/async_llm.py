@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.engine.llm_engine import EngineStats, LLMEngine, Prompt
-from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import EngineDeadError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -113,8 +113,7 @@ class AsyncLLM:
                 while self._cancelled:
                     seq = self._cancelled.popleft()
                     self._futures.pop(seq.seq_id, None)
-                    if seq.status is not SequenceStatus.FINISHED:
-                        self._engine.abort(seq)
+                    self._engine.abort(seq)
             if self._engine.has_work:
                 return True
 

@@ -189,10 +189,8 @@ class LLMEngine:
             return False
         self.scheduler.finish(seq, reason)
         self.cached_tokens += seq.num_cached_tokens
-        output: RequestOutput | None = self.output_processor.output(seq)
-        assert output is not None
-        if seq.group is not None:
-            output = seq.group.finished(seq, output)
+        own = self.output_processor.output(seq)
+        output = own if seq.group is None else seq.group.finished(seq, own)
         if output is not None:
             finished.append((seq.members[0], output))
         return True

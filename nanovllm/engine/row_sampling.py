@@ -42,6 +42,7 @@ class RowSampling:
         scored: position -> token ids whose log-probability there is asked for; empty where none is.
         scores: what has been found: position -> `PositionScores`.
         logprobs: what has been found of generated tokens, in order.
+        samples_differently: whether the sampler must know of it, or only report scores of the prompt.
     """
 
     __slots__ = (
@@ -54,6 +55,7 @@ class RowSampling:
         "first_scored",
         "logprobs",
         "params",
+        "samples_differently",
         "scored",
         "scores",
     )
@@ -81,6 +83,16 @@ class RowSampling:
         self.first_scored = min(self.scored, default=None)
         self.scores: dict[int, PositionScores] = {}
         self.logprobs: list[TokenLogprobs] = []
+        self.samples_differently = (
+            self.needs_tokens
+            or self.penalizes
+            or self.allowed is not None
+            or len(self.bias_ids) > 0
+            or bool(self.early_ids)
+            or params.logprobs is not None
+            # A greedy row's token is the likeliest one, which is never filtered out.
+            or (params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0))
+        )
 
     @property
     def needs_tokens(self) -> bool:
@@ -92,21 +104,6 @@ class RowSampling:
         """Whether the logits depend on which tokens were there before."""
         p = self.params
         return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-
-    @property
-    def samples_differently(self) -> bool:
-        """Whether the sampler must know of it, or only report scores of the prompt."""
-        p = self.params
-        return (
-            self.needs_tokens
-            or self.penalizes
-            or self.allowed is not None
-            or len(self.bias_ids) > 0
-            or bool(self.early_ids)
-            or p.logprobs is not None
-            # A greedy row's token is the likeliest one, which is never filtered out.
-            or (p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0))
-        )
 
     def banned_next(self, token_ids: Sequence[int], num_prompt_tokens: int) -> list[int]:
         """The last tokens of bad words whose other tokens are the last of `token_ids`, after the prompt."""

@@ -128,3 +128,18 @@ def test_a_poisoned_request_ends_the_engine_and_its_step_is_named(
 def test_a_model_that_cannot_run_is_refused_by_the_constructor(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
         AsyncLLM(str(tmp_path))
+
+
+def test_a_cancelled_request_of_several_samples_stops_all(chat_model_dir: Path) -> None:
+    """Also where its first sample has ended before: nothing of it may go on taking slots."""
+    engine = AsyncLLM(str(chat_model_dir), kvcache_block_size=16, max_model_len=512)
+    try:
+        # The first sample meets its stop string after 81 tokens, the others never.
+        future = engine.submit("the quick", SamplingParams(1.0, 480, n=4, seed=4, stop=["x"], ignore_eos=True))
+        wait_until(lambda: engine.stats().num_running == 3)
+        future.cancel()
+        wait_until(lambda: engine.stats().num_running == 0)
+        assert engine.stats().generated_tokens < 81 + 3 * 480
+        assert engine.stats().kv_usage == 0
+    finally:
+        engine.shutdown()
