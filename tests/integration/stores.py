@@ -120,7 +120,8 @@ class FaultyProxy:
         fault = ""
         if self._random.random() < self.rate:
             faults = ["503", "500", "delay", "unanswered"] + (["torn", "torn"] if head.startswith(b"PUT") else [])
-            fault = self._random.choice(faults)
+            # Each kind comes once before any comes twice, however few requests there are.
+            fault = self._random.choice([kind for kind in faults if kind not in self.failed] or faults)
             self._count(fault)
         if fault in ("500", "503"):
             answer = UNAVAILABLE.replace(

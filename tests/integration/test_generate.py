@@ -21,8 +21,8 @@ from tests.integration.jobs import (
     report,
     run,
     start,
+    suspend_when,
     table_of,
-    wait_for,
     write_prompts,
 )
 
@@ -93,7 +93,7 @@ def test_killed_it_ends_the_same(undisturbed: Path, workplace: Path, dataset: Pa
     output = workplace / "killed"
     arguments = ["--model", str(chat_model_dir), "--input", str(dataset), "--output", str(output), *SLOW]
     process = start(arguments, workplace)
-    wait_for(lambda: len(parts(output)) >= 2 and journalled_rows(output) >= 5, process)
+    suspend_when(lambda: len(parts(output)) >= 2 and journalled_rows(output) >= 5, process)
     kill_everything(process)
     assert leases(output)
     assert not (output / "_SUCCESS").exists()
