@@ -32,7 +32,7 @@ import xxhash
 from nanovllm import UserError
 from pipelines.inputs import InputFile
 from pipelines.plan import Shard, files_from_table, files_to_table, shards_from_table, shards_to_table
-from pipelines.rows import RowResult, results_from_table, results_to_table
+from pipelines.results import RowResult, results_from_table, results_to_table
 from pipelines.storage import Location, children, delete_tree, exists, kind, put, read, resolve
 
 T = TypeVar("T")

@@ -36,7 +36,8 @@ from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
 from pipelines.prompts import RowError, check_column, prompt_values, render
 from pipelines.report import build_report, to_html, to_json
-from pipelines.rows import Engine, check_names
+from pipelines.results import check_names
+from pipelines.rows import Engine
 from pipelines.stop import GO_ON, Stopped, StopSignals
 from pipelines.storage import exists, resolve
 from pipelines.watchdog import Watchdog

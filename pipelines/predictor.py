@@ -20,7 +20,8 @@ from ray.data.block import BlockAccessor
 from nanovllm import AsyncLLM, EngineConfig, EngineDeadError, SamplingParams, UserError
 from nanovllm.utils.validation import parse, suggest
 from pipelines.job import ColumnsConfig, PromptConfig, TooLong, check_written
-from pipelines.rows import RowPath, RowResult, check_names, result_table, row_seed
+from pipelines.results import RowResult, check_names, result_table
+from pipelines.rows import RowPath, row_seed
 
 if TYPE_CHECKING:
     import pandas as pd

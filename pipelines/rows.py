@@ -1,4 +1,4 @@
-"""The one row path: prompt values in, output columns out. `ShardWorker` and `NanoVLLMPredictor` both run rows through here.
+"""The one row path: prompt values in, results out. `ShardWorker` and `NanoVLLMPredictor` both run rows through here.
 
 Raise `ROW_PATH_VERSION` with every change that gives any row another result: it is part of a job's identity.
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import pyarrow as pa
 import xxhash
 
-from nanovllm import RequestOutput, SamplingParams, UserError
+from nanovllm import RequestOutput, SamplingParams
 from nanovllm.outputs import error_output
-from pipelines.job import ColumnsConfig, PromptConfig
+from pipelines.job import PromptConfig
 from pipelines.prompts import RowError, render
+from pipelines.results import RowResult, row_result
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import EngineStats
@@ -25,28 +25,6 @@ if TYPE_CHECKING:
 ROW_PATH_VERSION = 1
 
 SUBMIT_ROWS = 64  # rows tokenized in one turn on the tokenizer thread
-
-RESULT_SCHEMA = pa.schema(
-    [
-        ("generated_text", pa.string()),
-        ("finish_reason", pa.string()),
-        ("num_input_tokens", pa.int32()),
-        ("num_generated_tokens", pa.int32()),
-        ("num_cached_tokens", pa.int32()),
-        ("error", pa.string()),
-    ]
-)
-
-
-class RowResult(NamedTuple):
-    """What a row gets, in the order of `RESULT_SCHEMA`. `generated_text` is None exactly where `error` is not."""
-
-    generated_text: str | None
-    finish_reason: str
-    num_input_tokens: int
-    num_generated_tokens: int
-    num_cached_tokens: int
-    error: str | None
 
 
 class Engine(Protocol):
@@ -76,52 +54,6 @@ def row_seed(job_seed: int, *place: str | int) -> int:
     """
     key = "\0".join(str(part) for part in (job_seed, *place))
     return xxhash.xxh64_intdigest(key.encode("utf-8", "surrogatepass")) >> 1
-
-
-def failed_row(error: str) -> RowResult:
-    """The result of a row that never ran to its end."""
-    return RowResult(None, "error", 0, 0, 0, error)
-
-
-def output_names(columns: ColumnsConfig) -> list[str]:
-    """Names of the generated columns, unprefixed, in output order."""
-    return [name for name in RESULT_SCHEMA.names if name != "num_cached_tokens" or columns.num_cached_tokens]
-
-
-def check_names(input_names: Iterable[str], columns: ColumnsConfig) -> None:
-    """Refuse a generated column that an input column already has the name of.
-
-    Raises:
-        UserError: naming the column and the remedy.
-    """
-    taken = set(input_names)
-    clashes = [columns.prefix + name for name in output_names(columns) if columns.prefix + name in taken]
-    if clashes:
-        raise UserError(
-            f"input already has a column {clashes[0]!r}, which the output would add; set columns.prefix, "
-            "for example columns.prefix=new_, or leave it out with columns.keep"
-        )
-
-
-def result_table(results: Sequence[RowResult], columns: ColumnsConfig) -> pa.Table:
-    """The generated columns of some rows, named and typed as in the output."""
-    names = output_names(columns)
-    table = results_to_table(results).select(names)
-    return table.rename_columns([columns.prefix + name for name in names])
-
-
-def results_to_table(results: Sequence[RowResult]) -> pa.Table:
-    """All fields of some results, as the journal keeps them."""
-    fields = zip(*results, strict=True) if results else [()] * len(RESULT_SCHEMA)
-    return pa.table(
-        [pa.array(list(values), field.type) for values, field in zip(fields, RESULT_SCHEMA, strict=True)],
-        schema=RESULT_SCHEMA,
-    )
-
-
-def results_from_table(table: pa.Table) -> list[RowResult]:
-    """The reverse of `results_to_table`."""
-    return [RowResult(*row) for row in zip(*(table[name].to_pylist() for name in RESULT_SCHEMA.names), strict=True)]
 
 
 class RowPath:
@@ -200,16 +132,4 @@ class RowPath:
 
 
 async def _report(position: int, future: Future[RequestOutput], done: Callable[[int, RowResult], None]) -> None:
-    output = await asyncio.wrap_future(future)
-    failed = output["error"] is not None
-    done(
-        position,
-        RowResult(
-            None if failed else output["text"],
-            output["finish_reason"],
-            output["num_input_tokens"],
-            output["num_generated_tokens"],
-            output["num_cached_tokens"],
-            output["error"],
-        ),
-    )
+    done(position, row_result(await asyncio.wrap_future(future)))

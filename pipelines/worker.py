@@ -34,7 +34,8 @@ from pipelines.plan import SHARD_SCHEMA, Shard
 from pipelines.processes import born
 from pipelines.progress import WorkerState
 from pipelines.prompts import prompt_values
-from pipelines.rows import Engine, RowPath, RowResult, failed_row, result_table, row_seed
+from pipelines.results import RowResult, failed_row, result_table
+from pipelines.rows import Engine, RowPath, row_seed
 from pipelines.storage import Location
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ import pipelines.storage
 from nanovllm import UserError
 from pipelines.commit import Journal, OutputDirectory, RecordLog, parse_records, read_journal, read_records, retrying
 from pipelines.plan import Shard
-from pipelines.rows import RowResult
+from pipelines.results import RowResult
 from pipelines.storage import Location, children, resolve
 
 

@@ -17,7 +17,8 @@ from pipelines.counts import Counts, count_rows
 from pipelines.job import ColumnsConfig, PromptConfig, TooLong
 from pipelines.predictor import NanoVLLMPredictor
 from pipelines.prompts import check_column
-from pipelines.rows import RowPath, RowResult, check_names, result_table, results_from_table, results_to_table, row_seed
+from pipelines.results import RowResult, check_names, result_table, results_from_table, results_to_table
+from pipelines.rows import RowPath, row_seed
 
 LONG = "many words " * 400
 

@@ -21,7 +21,8 @@ from pipelines.commit import Journal, OutputDirectory, read_journal
 from pipelines.inputs import list_dataset, measure
 from pipelines.job import JobConfig, build
 from pipelines.plan import SHARD_SCHEMA, Shard, cut
-from pipelines.rows import RowResult, row_seed
+from pipelines.results import RowResult
+from pipelines.rows import row_seed
 from pipelines.worker import ENGINE_DIED, ShardWorker, Task
 
 ROWS = 12
