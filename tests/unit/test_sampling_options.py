@@ -266,6 +266,8 @@ def test_filters_equal_transformers(use: str) -> None:
     """Rows of many kinds: flat, peaked, with ties, with banned tokens, and several thousand columns for several blocks."""
     if use == "kernel" and not HAS_TRITON:
         pytest.skip("Triton is not installed")
+    # The interpreter takes tensors of the host, a GPU's kernel none.
+    device = "cuda" if use == "kernel" and torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     for columns, spread in ((17, 1.0), (1024, 4.0), (2500, 0.3), (2500, 8.0)):
         rows = 6
@@ -288,6 +290,8 @@ def test_filters_equal_transformers(use: str) -> None:
             expected[i, logits[i] == logits[i, kept > -math.inf].min()] = logits[i, kept > -math.inf].min()
         found = logits.clone()
         order = torch.randperm(rows, generator=generator)
-        arguments = (found, order, temperatures[order], top_k[order], top_p[order], min_p[order])
+        arguments = [found, order, temperatures[order], top_k[order], top_p[order], min_p[order]]
+        arguments = [tensor.to(device) for tensor in arguments]
         (filter_logits if use == "kernel" else filter_logits_torch)(*arguments)
+        found = arguments[0].cpu()
         assert torch.equal(found, expected), (columns, (found != expected).nonzero())
