@@ -72,7 +72,9 @@ def reference(path: Path, prompt: list[int], params: SamplingParams, bad: list[l
         scores = model(torch.tensor([ids])).logits[:, -1].float()
         made = torch.tensor([ids[len(prompt) :]], dtype=torch.int64)
         if bad:  # of the output alone: HF's looks at the prompt too
-            scores = hf.NoBadWordsLogitsProcessor(bad)(made, scores)
+            # Some releases pass over words that are longer than what there is.
+            padding = torch.full((1, max(map(len, bad))), -1)
+            scores = hf.NoBadWordsLogitsProcessor(bad)(torch.cat((padding, made), dim=1), scores)
         scores = processors(params, len(prompt), scores.shape[1], eos)(torch.tensor([ids]), scores)
         counts = torch.bincount(made[0], minlength=scores.shape[1])
         scores = scores - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
