@@ -245,7 +245,8 @@ def test_a_killed_rank_ends_every_request_within_seconds(victim: int, model: Pat
 
 
 def test_ranks_end_when_their_parent_is_killed(model: Path, tmp_path: Path) -> None:
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), TMPDIR=str(tmp_path))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = dict(os.environ, PYTHONPATH=path, TMPDIR=str(tmp_path))
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(model)], stdout=subprocess.PIPE, text=True, env=environment
     ) as parent:

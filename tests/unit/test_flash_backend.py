@@ -101,7 +101,7 @@ def test_blocks_that_version_2_cannot_read_are_refused(monkeypatch: pytest.Monke
     stand_in("flash_attn", monkeypatch)
     backend = FlashBackend(4, 2, 32)
     backend.check_block_size(256)
-    with pytest.raises(UserError, match="kvcache_block_size=64.*set kvcache_block_size=256"):
+    with pytest.raises(UserError, match=r"kvcache_block_size=64.*set kvcache_block_size=256"):
         backend.check_block_size(64)
     stand_in("flash_attn_interface", monkeypatch)
     FlashBackend(4, 2, 32).check_block_size(64)
