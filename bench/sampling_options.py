@@ -20,6 +20,7 @@ from common import SHAPES, save
 from grammar import EOS, make_tokenizer
 
 from nanovllm import LLM, RequestOutput, SamplingParams
+from nanovllm.structured_outputs import StructuredOutputsParams
 
 
 def ten_fields(number: int, max_length: int) -> dict[str, Any]:
@@ -40,17 +41,20 @@ def ten_fields(number: int, max_length: int) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
-def case_params(case: str, row: int, max_length: int) -> dict[str, Any]:
-    """The options of a row in a case."""
-    if case in ("json", "json distinct"):
-        return {"structured_outputs": {"json": ten_fields(row if case == "json distinct" else 0, max_length)}}
+def case_params(case: str, rows: int, max_length: int) -> list[dict[str, Any]]:
+    """The options of each row in a case."""
+    if case == "json":
+        # One object for all rows, as a job has it: it is looked through once.
+        return [{"structured_outputs": StructuredOutputsParams(json=ten_fields(0, max_length))}] * rows
+    if case == "json distinct":
+        return [{"structured_outputs": {"json": ten_fields(row, max_length)}} for row in range(rows)]
     known: dict[str, dict[str, Any]] = {
         "free": {},
         "filters": {"top_k": 50, "top_p": 0.9, "min_p": 0.01},
         "penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.2},
         "logprobs": {"logprobs": 5},
     }
-    return known[case]
+    return [known[case]] * rows
 
 
 CASES = ["free", "json", "json distinct", "filters", "penalties", "logprobs"]
@@ -73,9 +77,9 @@ def run(llm: LLM, case: str, prompts: list[list[int]], lengths: list[int] | None
             args.max_tokens if lengths is None or case.startswith("json") else lengths[row],
             ignore_eos=not case.startswith("json"),
             seed=row,
-            **case_params(case, row, args.max_length),
+            **options,
         )
-        for row in range(len(prompts))
+        for row, options in enumerate(case_params(case, len(prompts), args.max_length))
     ]
     steps, start = llm.steps, time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)

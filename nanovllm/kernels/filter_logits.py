@@ -11,6 +11,7 @@ import torch
 from nanovllm.kernels.triton_compat import tl, triton
 
 BLOCK = 4096
+WARPS = 8
 
 
 def filter_logits_torch(
@@ -72,7 +73,7 @@ def filter_logits(
             logits.stride(0),
             logits.shape[1],
             BLOCK=BLOCK,
-            num_warps=8,
+            num_warps=WARPS,
         )
 
 
