@@ -1,7 +1,9 @@
-"""CUDA graphs of whole decode steps, sampling and the state's advance included, for batch sizes dense enough to pad little.
+"""CUDA graphs. Of whole decode steps, sampling and the state's advance included, for batch sizes dense enough to pad little: a graph
+reads which sequences run from one array of state slots; everything else a step needs is in the device's state, so a replay is
+one launch, and no copy unless a sequence has come or gone.
 
-A graph reads which sequences run from one array of state slots; everything else a step needs is in the device's state, so a
-replay is one launch, and no copy unless a sequence has come or gone.
+And of steps with few chunk tokens, as most steps of a job are that admits a row whenever one ends. Launched one by one, their kernels
+would take the host longer than the device.
 """
 
 from __future__ import annotations
@@ -9,13 +11,27 @@ from __future__ import annotations
 import gc
 import time
 from bisect import bisect_left
+from collections import Counter, OrderedDict
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from nanovllm.engine.chunk_input import ChunkInput, ChunkShape, ChunkStep, empty_input
 from nanovllm.utils.transfer import to_device
+
+Outputs = TypeVar("Outputs", bound=tuple[torch.Tensor, ...])
+
+# Chunk tokens of graphs. In larger steps the device has enough to do for as long as the launches take.
+CHUNK_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+# Batch sizes of decodes beside chunks: so many of equal distance.
+CHUNK_DECODE_SIZES = 8
+# Graphs with chunks kept, the least recently used goes first.
+MAX_CHUNK_GRAPHS = 32
+# A capture takes as long as some steps without one: it is made when its size has come up so often.
+CAPTURE_AT = 3
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -23,6 +39,19 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     sizes = {*range(1, 9), *range(10, 33, 2), *range(36, 65, 4), *range(72, 257, 8), *range(272, 513, 16)}
     sizes |= set(range(544, max_num_seqs + 1, 32))
     return [size for size in sorted(sizes) if size < max_num_seqs] + [max_num_seqs]
+
+
+def capture(
+    run: Callable[[], Outputs], device: torch.device, pool: tuple[int, int], stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, Outputs]:
+    """A graph of what `run` launches, which must change nothing now, and what it returned."""
+    run()  # kernels are compiled and loaded outside of the capture
+    torch.cuda.current_stream(device).synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: another thread of the process may use CUDA meanwhile.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        outputs = run()
+    return graph, outputs
 
 
 class DecodeGraphs:
@@ -74,14 +103,7 @@ class DecodeGraphs:
         # Nothing may happen to the sequences of the step that is to be run.
         wanted = slots.clone()
         slots.fill_(self.padding_slot)
-        # Kernels are compiled and loaded outside of the capture.
-        self.decode(slots)
-        torch.cuda.current_stream(self.device).synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread of the process may use CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            outputs = self.decode(slots)
-        self.graphs[size] = graph, outputs
+        self.graphs[size] = capture(lambda: self.decode(slots), self.device, self.pool, self.stream)
         slots.copy_(wanted)
 
     def padded(self, batch: int) -> int:
@@ -102,3 +124,89 @@ class DecodeGraphs:
         graph, outputs = self.graphs[size]
         graph.replay()
         return tuple(tensor[:count] for tensor in outputs)
+
+
+def most_chunk_tokens(max_num_batched_tokens: int) -> int:
+    """Most chunk tokens of a graph."""
+    return min(CHUNK_TOKENS[-1], max_num_batched_tokens)
+
+
+class ChunkGraphs:
+    """Graphs of steps with chunks up to their last hidden states, by padded size; each is captured when its size has come up often.
+
+    Args:
+        forward: a step, padded; returns tensors, of which those after the first have a row a sampling sequence.
+        most_tiles: of so many tokens of so many chunks, see `AttentionBackend`.
+        max_num_seqs: most decodes; max_num_batched_tokens: most tokens of a step.
+        padding_slot, pool: as in `DecodeGraphs`.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[ChunkInput], tuple[torch.Tensor, ...]],
+        most_tiles: Callable[[int, int], int],
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        padding_slot: int,
+        device: torch.device,
+        pool: tuple[int, int],
+    ) -> None:
+        self.forward = forward
+        self.most_tiles = most_tiles
+        most = most_chunk_tokens(max_num_batched_tokens)
+        self.tokens = [*(tokens for tokens in CHUNK_TOKENS if tokens < most), most]
+        self.max_num_seqs = max_num_seqs
+        self.decode_step = -(-max_num_seqs // CHUNK_DECODE_SIZES)
+        self.padding_slot = padding_slot
+        self.device = device
+        self.pool = pool
+        self.stream = torch.cuda.Stream(device)
+        self.wanted: Counter[ChunkShape] = Counter()
+        self.graphs: OrderedDict[ChunkShape, tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]] = OrderedDict()
+        largest = self.padded(ChunkShape(max_num_seqs, most, 0, 0))
+        assert largest is not None
+        self.array = torch.zeros(largest.size, dtype=torch.int64, device=device)
+
+    def padded(self, shape: ChunkShape) -> ChunkShape | None:
+        """The size of graph that holds a step of `shape`; None where there is none."""
+        if shape.tokens > self.tokens[-1]:
+            return None
+        tokens = self.tokens[bisect_left(self.tokens, shape.tokens)]
+        decodes = min(-(-shape.decodes // self.decode_step) * self.decode_step, self.max_num_seqs)
+        chunks = 8 + tokens // 32
+        sizes = ChunkShape(decodes, tokens, self.most_tiles(tokens, chunks), decodes + chunks)
+        return sizes if shape.tiles <= sizes.tiles and shape.samples <= sizes.samples else None
+
+    def replay(
+        self, chunks: ChunkStep, shape: ChunkShape, tiles: npt.NDArray[np.int32]
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Run a step of `shape`; what `forward` returns, of the sequences that sample, valid until the next graph of this pool.
+
+        None: there is no graph for it, nothing was done.
+        """
+        padded = self.padded(shape)
+        if padded is None:
+            return None
+        if padded not in self.graphs:
+            self.wanted[padded] += 1
+            if self.wanted[padded] < CAPTURE_AT:
+                return None
+            self._capture(padded)
+        self.graphs.move_to_end(padded)
+        array = to_device(chunks.pack(padded, tiles, self.padding_slot), self.device)
+        self.array[: padded.size].copy_(array)
+        graph, outputs = self.graphs[padded]
+        graph.replay()
+        hidden, *of_samples = outputs
+        return hidden, *(tensor[: shape.samples] for tensor in of_samples)
+
+    def _capture(self, shape: ChunkShape) -> None:
+        while len(self.graphs) >= MAX_CHUNK_GRAPHS:
+            torch.cuda.current_stream(self.device).synchronize()
+            evicted, _ = self.graphs.popitem(last=False)
+            self.wanted[evicted] = 0
+        array = self.array[: shape.size]
+        array.copy_(to_device(empty_input(shape, self.padding_slot), self.device))
+        self.graphs[shape] = capture(
+            lambda: self.forward(ChunkInput.of(array, shape)), self.device, self.pool, self.stream
+        )

@@ -48,7 +48,7 @@ RANK_ENVIRONMENT = {
 
 
 # `Executor.chunk_cost` where decodes run as graphs, of the 0.6B shape and 256 sequences (bench/NOTES.md).
-GRAPHS_CHUNK_COST = 1.0
+GRAPHS_CHUNK_COST = 0.5
 
 
 class MaskBuffer:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.cuda_graph import DecodeGraphs, graph_sizes
+from nanovllm.engine.chunk_input import ChunkInput, ChunkShape, ChunkStep
+from nanovllm.engine.cuda_graph import MAX_CHUNK_GRAPHS, ChunkGraphs, DecodeGraphs, graph_sizes, most_chunk_tokens
 from nanovllm.engine.device_state import DeviceState
 from nanovllm.engine.extended_sampler import ExtendedSampler
 from nanovllm.engine.model_input import ModelInput
@@ -137,6 +138,7 @@ class ModelRunner:
         self.keys = torch.full((self.max_num_seqs,), LEAST_KEY, dtype=torch.int64, device=self.device)
         self.graphs: DecodeGraphs | None = None
         self.forward_graphs: DecodeGraphs | None = None
+        self.chunk_graphs: ChunkGraphs | None = None
         self.extended_sampler = ExtendedSampler(
             self.model.lm_head, self.state.temperatures, self.state.seeds, self.state.steps
         )
@@ -196,7 +198,7 @@ class ModelRunner:
         pool = f"{num_blocks} KV blocks of {self.config.kvcache_block_size} tokens ({num_blocks * self.block_bytes >> 20} MiB)"
         parts = [name, dtype, f"attention backend {backend}", pool]
         if self.uses_graphs:
-            self.graphs, self.forward_graphs = self._make_graphs()
+            self.graphs, self.forward_graphs, self.chunk_graphs = self._make_graphs()
             took = f"{self.graphs.seconds:.1f} s and {self.graphs.num_bytes >> 20} MiB"
             parts.append(f"{len(self.graphs.sizes)} CUDA graphs in {took}")
         else:
@@ -244,8 +246,8 @@ class ModelRunner:
         self.keys.fill_(LEAST_KEY)
         self.waits = None
 
-    def _make_graphs(self) -> tuple[DecodeGraphs, DecodeGraphs]:
-        """Graphs of whole decode steps, and those, made as they are needed, that leave out the sampling."""
+    def _make_graphs(self) -> tuple[DecodeGraphs, DecodeGraphs, ChunkGraphs | None]:
+        """Graphs of whole decode steps, and those, made as they are needed, that leave out the sampling: of decodes, and with chunks."""
 
         def whole(slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return (self._sample(self._decode(slots, None)),)
@@ -257,7 +259,18 @@ class ModelRunner:
         count, padding = self.max_num_seqs, self.state.padding_slot
         graphs = DecodeGraphs(whole, count, padding, self.device)
         graphs.capture_all()
-        return graphs, DecodeGraphs(forward, count, padding, self.device, graphs.pool)
+        chunk_graphs = None
+        if self.backend.most_tiles(1, 1):
+            chunk_graphs = ChunkGraphs(
+                lambda inputs: self._forward_chunks(inputs, None),
+                self.backend.most_tiles,
+                count,
+                self.config.max_num_batched_tokens,
+                padding,
+                self.device,
+                graphs.pool,
+            )
+        return graphs, DecodeGraphs(forward, count, padding, self.device, graphs.pool), chunk_graphs
 
     def _decode(self, slots: torch.Tensor, host_lens: list[int] | None) -> Forward:
         """One token more of each sequence in `slots` [B]."""
@@ -271,39 +284,44 @@ class ModelRunner:
 
     def _mixed(self, step: ModelInput) -> Forward:
         """A step with prefill chunks, after its decodes if it has any."""
-        decodes = step.num_decodes
-        query_lens, lens = np.array(step.query_lens), np.array(step.context_lens)
-        last_rows = np.cumsum(query_lens) - 1
-        rows = step.sample_rows
-        sampling = to_device(np.stack((last_rows[rows], step.slots[rows], lens[rows])), self.device)
+        chunks = ChunkStep.of(step)
+        tiles = self.backend.chunk_tiles(chunks.chunk_slots, chunks.chunk_query_lens, chunks.chunk_lens)
+        shape = ChunkShape(step.num_decodes, len(step.token_ids), len(tiles), len(chunks.last_rows))
+        if self.chunk_graphs is not None:
+            replayed = self.chunk_graphs.replay(chunks, shape, tiles)
+            if replayed is not None:
+                return Forward(*replayed)
+        array = to_device(chunks.pack(shape, tiles, self.state.padding_slot), self.device)
+        return self._forward_chunks(ChunkInput.of(array, shape), chunks)
 
-        chunk_slots, chunk_query_lens, chunk_lens = step.slots[decodes:], query_lens[decodes:], lens[decodes:]
-        first_rows = np.cumsum(chunk_query_lens) - chunk_query_lens
-        shift = np.repeat(chunk_lens - chunk_query_lens - first_rows, chunk_query_lens)
-        positions = np.arange(len(step.token_ids)) + shift
-        slots = np.repeat(chunk_slots, chunk_query_lens)
-        token_ids, positions, slots = to_device(np.stack((step.token_ids, positions, slots)), self.device)
-        slot_mapping = self.state.cache_slots(slots, positions)
-
-        decode_slots = sampling[1, :decodes]  # decodes come first in the batch, and all of them sample
-        inputs = self.state.gather_decode(decode_slots)
+    def _forward_chunks(self, inputs: ChunkInput, chunks: ChunkStep | None) -> Forward:
+        """Decodes and the chunks after them. `chunks`: what the host knows; None where `inputs` are padded, in a CUDA graph."""
+        token_ids, positions = inputs.token_ids, inputs.positions
+        if chunks is None:
+            padding, positions = positions < 0, positions.clamp(min=0)
+            slot_mapping = self.state.cache_slots(inputs.token_slots, positions).masked_fill(padding, -1)
+        else:
+            slot_mapping = self.state.cache_slots(inputs.token_slots, positions)
+        decodes = self.state.gather_decode(inputs.decode_slots)
         batch = AttentionBatch(
             self.state.block_tables,
             self.config.kvcache_block_size,
-            decode_slots,
-            inputs.context_lens,
-            step.context_lens[:decodes],
-            chunk_slots,
-            chunk_query_lens,
-            chunk_lens,
+            inputs.decode_slots,
+            decodes.context_lens,
+            None if chunks is None else chunks.step.context_lens[: chunks.step.num_decodes],
+            chunk_tiles=inputs.tiles if len(inputs.tiles) else None,
         )
-        if decodes:
-            token_ids = torch.cat((inputs.token_ids, token_ids))
-            positions = torch.cat((inputs.positions, positions))
-            slot_mapping = torch.cat((inputs.slot_mapping, slot_mapping))
+        if chunks is not None:
+            batch = batch._replace(
+                chunk_slots=chunks.chunk_slots, chunk_query_lens=chunks.chunk_query_lens, chunk_lens=chunks.chunk_lens
+            )
+        if len(inputs.decode_slots):
+            token_ids = torch.cat((decodes.token_ids, token_ids))
+            positions = torch.cat((decodes.positions, positions))
+            slot_mapping = torch.cat((decodes.slot_mapping, slot_mapping))
         context = ForwardContext(slot_mapping, self.backend.plan(batch))
         hidden = self.model(token_ids, positions, context)
-        return Forward(hidden, hidden[sampling[0]], sampling[1], sampling[2])
+        return Forward(hidden, hidden[inputs.last_rows], inputs.slots, inputs.lens)
 
     def _sample(self, forward: Forward) -> torch.Tensor:
         """The next tokens [S]; the state moves past them."""
@@ -353,22 +371,32 @@ class ModelRunner:
             Bytes to leave free for the graphs.
         """
         self._allocate_kv_cache(1)
-        left, count = self.config.max_num_batched_tokens, self.max_num_seqs
-        lens: list[int] = []
-        while left > 0 and len(lens) < count:
-            lens.append(max(1, min(self.max_model_len, left - (count - len(lens) - 1))))
-            left -= lens[-1]
+        count = self.max_num_seqs
+        lens = _lens_of(self.config.max_num_batched_tokens, count, self.max_model_len)
         self._run(_warm_up_step(lens, decode=False))
         graph_bytes = 0
         if self.uses_graphs:
             before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             self._run(_warm_up_step([self.max_model_len] * count, decode=True))
+            if self.backend.most_tiles(1, 1):
+                tokens = most_chunk_tokens(self.config.max_num_batched_tokens) + count
+                self._run(_warm_up_step(_lens_of(tokens, count, self.max_model_len), decode=False))
             peak = torch.cuda.max_memory_allocated(self.device) - before
             # Only one graph runs at a time, so they share the largest one's memory; each has its own description.
-            graph_bytes = peak * 5 // 4 + len(graph_sizes(count)) * len(self.attention_layers) * GRAPH_LAYER_BYTES
+            graphs = 2 * len(graph_sizes(count)) + MAX_CHUNK_GRAPHS
+            graph_bytes = peak * 5 // 4 + graphs * len(self.attention_layers) * GRAPH_LAYER_BYTES
         self._allocate_kv_cache(0)
         return graph_bytes
+
+
+def _lens_of(tokens: int, count: int, most: int) -> list[int]:
+    """Lengths of up to `count` sequences, as long as there may be, with `tokens` tokens in all."""
+    lens: list[int] = []
+    while tokens > 0 and len(lens) < count:
+        lens.append(max(1, min(most, tokens - (count - len(lens) - 1))))
+        tokens -= lens[-1]
+    return lens
 
 
 def _warm_up_step(lens: list[int], *, decode: bool) -> ModelInput:

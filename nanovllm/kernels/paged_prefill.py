@@ -47,6 +47,11 @@ def prefill_tiles(
     return tiles[np.argsort(-positions, kind="stable")].astype(np.int32)
 
 
+def most_prefill_tiles(tokens: int, chunks: int, group: int, block_m: int = BLOCK_M) -> int:
+    """Most tiles of `chunks` chunks with `tokens` tokens in all."""
+    return tokens // (block_m // group) + chunks
+
+
 def paged_prefill(
     q: torch.Tensor,
     k_cache: torch.Tensor,

@@ -34,6 +34,7 @@ class AttentionBatch(NamedTuple):
         host_decode_lens: the lengths on the host, the longest first; None where only the device knows them.
         chunk_slots, chunk_query_lens, chunk_lens: [C] on the host, rows of `block_tables`, new tokens, and tokens in the
             cache after this step.
+        chunk_tiles: [N, 4] int32 on the device, what `AttentionBackend.chunk_tiles` made of these, for backends that have it.
     """
 
     block_tables: torch.Tensor
@@ -44,6 +45,7 @@ class AttentionBatch(NamedTuple):
     chunk_slots: Ints = NO_CHUNKS
     chunk_query_lens: Ints = NO_CHUNKS
     chunk_lens: Ints = NO_CHUNKS
+    chunk_tiles: torch.Tensor | None = None
 
 
 class AttentionBackend(ABC):
@@ -84,6 +86,15 @@ class AttentionBackend(ABC):
 
     def prepare(self) -> None:  # noqa: B027 - most backends need nothing
         """Make what a backend keeps beside its shape."""
+
+    def chunk_tiles(self, slots: Ints, query_lens: Ints, lens: Ints) -> npt.NDArray[np.int32]:
+        """What the backend must know of a step's chunks: [n, 4], with rows, in the second column, counted from the first chunk's
+        first token. None for backends that plan with the lengths. A row of zeros is work that nobody sees."""
+        return np.zeros((0, 4), dtype=np.int32)
+
+    def most_tiles(self, tokens: int, chunks: int) -> int:
+        """Most rows of `chunk_tiles` for so many tokens of so many chunks; 0 where chunks cannot be part of a CUDA graph."""
+        return 0
 
     @abstractmethod
     def plan(self, batch: AttentionBatch) -> Any:

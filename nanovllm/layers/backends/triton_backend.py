@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from nanovllm.kernels.paged_decode import (
@@ -14,9 +16,8 @@ from nanovllm.kernels.paged_decode import (
     paged_decode,
     plan_decode,
 )
-from nanovllm.kernels.paged_prefill import paged_prefill, prefill_tiles
-from nanovllm.layers.attention import AttentionBackend, AttentionBatch
-from nanovllm.utils.transfer import to_device
+from nanovllm.kernels.paged_prefill import most_prefill_tiles, paged_prefill, prefill_tiles
+from nanovllm.layers.attention import AttentionBackend, AttentionBatch, Ints
 
 
 class TritonPlan(NamedTuple):
@@ -45,11 +46,15 @@ class TritonBackend(AttentionBackend):
         decodes = len(batch.decode_slots)
         if decodes:
             plan_decode(batch.decode_slots, batch.decode_lens, self.programs, self.buffers, self.tile)
-        tiles = None
-        if len(batch.chunk_slots):
-            chunks = (batch.chunk_slots, batch.chunk_query_lens, batch.chunk_lens)
-            tiles = to_device(prefill_tiles(*chunks, decodes, self.num_heads // self.num_kv_heads), self.device)
-        return TritonPlan(batch, self.buffers, tiles)
+        return TritonPlan(batch, self.buffers, batch.chunk_tiles)
+
+    def chunk_tiles(self, slots: Ints, query_lens: Ints, lens: Ints) -> npt.NDArray[np.int32]:
+        """See `AttentionBackend.chunk_tiles`."""
+        return prefill_tiles(slots, query_lens, lens, 0, self.num_heads // self.num_kv_heads)
+
+    def most_tiles(self, tokens: int, chunks: int) -> int:
+        """See `AttentionBackend.most_tiles`."""
+        return most_prefill_tiles(tokens, chunks, self.num_heads // self.num_kv_heads)
 
     def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: TritonPlan) -> torch.Tensor:
         """See `AttentionBackend.attend`."""

@@ -1,0 +1,131 @@
+"""Steps with chunks as CUDA graphs run them: padded, packed into one array, from memory that stays. Graphs need a GPU; here one that is
+"replayed" runs its step again on whatever that memory holds, so all but CUDA's own part is what runs there."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine import cuda_graph
+from nanovllm.engine.chunk_input import ChunkInput, ChunkShape
+from nanovllm.engine.cuda_graph import ChunkGraphs
+from nanovllm.kernels.triton_compat import HAS_TRITON
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has the real ones"),
+]
+
+
+class Replay:
+    """Stands in for a captured graph."""
+
+    def __init__(self, run: Callable[[], tuple[torch.Tensor, ...]], outputs: tuple[torch.Tensor, ...]) -> None:
+        self.run, self.outputs, self.count = run, outputs, 0
+
+    def replay(self) -> None:
+        for kept, fresh in zip(self.outputs, self.run(), strict=True):
+            kept.copy_(fresh)
+        self.count += 1
+
+
+def use_graphs(llm: LLM, monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, ...]) -> ChunkGraphs:
+    """Give a CPU engine graphs of steps with chunks."""
+
+    def capture(run: Callable[[], tuple[torch.Tensor, ...]], *_: Any) -> tuple[Replay, tuple[torch.Tensor, ...]]:
+        outputs = tuple(tensor.clone() for tensor in run())
+        return Replay(run, outputs), outputs
+
+    monkeypatch.setattr(cuda_graph, "capture", capture)
+    monkeypatch.setattr(cuda_graph, "CHUNK_TOKENS", tokens)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    runner = llm.executor.runner  # type: ignore[attr-defined]
+    runner.chunk_graphs = ChunkGraphs(
+        lambda inputs: runner._forward_chunks(inputs, None),
+        runner.backend.most_tiles,
+        runner.max_num_seqs,
+        llm.config.max_num_batched_tokens,
+        runner.state.padding_slot,
+        runner.device,
+        (0, 0),
+    )
+    graphs: ChunkGraphs = runner.chunk_graphs
+    return graphs
+
+
+RNG = random.Random(3)
+SHARED = [RNG.randrange(257) for _ in range(40)]
+PROMPTS = [SHARED * (i % 3 == 0) + [RNG.randrange(257) for _ in range(RNG.randint(1, 50))] for i in range(14)]
+PARAMS = [
+    SamplingParams(temperature=0.9 * (i % 2), max_tokens=RNG.randint(1, 9), seed=i, top_k=5 * (i % 4 == 3))
+    for i in range(len(PROMPTS))
+]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "capture_at", "options"),
+    [((16, 64), 1, {}), ((16, 512), 2, {"max_num_batched_tokens": 24}), ((64,), 1, {"async_scheduling": False})],
+    ids=["small", "in chunks", "one step at a time"],
+)
+def test_padded_steps_give_the_same_tokens(
+    tokens: tuple[int, ...], capture_at: int, options: dict[str, Any], model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that come and go: nearly every step has decodes and the chunk of a new prompt, one size or another."""
+    monkeypatch.setattr(cuda_graph, "CAPTURE_AT", capture_at)
+    common = {"kvcache_block_size": 16, "max_num_seqs": 5, "max_model_len": 128, **options}
+    found = []
+    for graphs_too in (False, True):
+        llm = LLM(str(model_dir), attention_backend="triton", **common)
+        graphs = use_graphs(llm, monkeypatch, tokens) if graphs_too else None
+        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        assert [output["error"] for output in outputs] == [None] * len(outputs)
+        found.append([output["token_ids"] for output in outputs])
+        if graphs is not None:
+            replays = {shape: graph.count for shape, (graph, _) in graphs.graphs.items()}  # type: ignore[attr-defined]
+            assert sum(replays.values()) >= 4, replays
+            assert all(count < cuda_graph.CAPTURE_AT for shape, count in graphs.wanted.items() if shape not in replays)
+        llm.exit()
+    assert found[0] == found[1]
+
+
+def test_sizes(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(str(model_dir), attention_backend="triton", max_num_seqs=250, max_num_batched_tokens=700)
+    graphs = use_graphs(llm, monkeypatch, (32, 64, 1024))
+    assert graphs.tokens == [32, 64, 700], "the last one is as large as a step can be"
+    for decodes, tokens in ((0, 1), (1, 32), (64, 33), (250, 64), (249, 65), (3, 700)):
+        padded = graphs.padded(ChunkShape(decodes, tokens, tiles=2, samples=decodes + 1))
+        assert padded is not None
+        assert decodes <= padded.decodes <= min(250, decodes + 32)
+        assert padded.tokens == next(size for size in graphs.tokens if size >= tokens)
+        assert padded.size <= len(graphs.array)
+    assert graphs.padded(ChunkShape(1, 701, 2, 2)) is None
+    assert graphs.padded(ChunkShape(1, 20, 2, 400)) is None, "more prompts end in it than the graph has rows for"
+
+
+def test_the_least_used_graph_goes(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(str(model_dir), attention_backend="triton", kvcache_block_size=16, max_num_seqs=2, max_model_len=64)
+    graphs = use_graphs(llm, monkeypatch, (8, 16, 32))
+    monkeypatch.setattr(cuda_graph, "MAX_CHUNK_GRAPHS", 2)
+    monkeypatch.setattr(cuda_graph, "CAPTURE_AT", 1)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: type("S", (), {"synchronize": lambda self: None})()
+    )
+    kept = []
+    for length in (8, 16, 8, 32, 8):
+        llm.generate([list(np.arange(length) + length)], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+        kept.append([shape.tokens for shape in graphs.graphs])
+    assert kept == [[8], [8, 16], [16, 8], [8, 32], [32, 8]]
+
+
+def test_parts_of_the_array() -> None:
+    shape = ChunkShape(2, 3, 1, 4)
+    inputs = ChunkInput.of(torch.arange(shape.size), shape)
+    assert [tensor.numel() for tensor in inputs] == [2, 3, 3, 3, 4, 4, 4, 4]
+    assert torch.cat([tensor.flatten().long() for tensor in inputs]).tolist() == list(range(shape.size))
