@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +26,7 @@ if __name__ == "__main__":  # run as a script: the repository is the root of imp
 import pyarrow as pa
 
 from cluster.placement import Placement, local_gpus, place
-from nanovllm import UserError
+from nanovllm import SamplingParams, UserError
 from pipelines.commit import JobFile, OutputDirectory, RecordLog, backoff_s, output_schema, read_records, retrying
 from pipelines.counts import COUNTED, Counts, count_rows
 from pipelines.inputs import Dataset, list_dataset, measure, read_rows
@@ -34,9 +34,10 @@ from pipelines.job import Command, JobConfig, load
 from pipelines.lease import Lease, LeaseLost
 from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
-from pipelines.prompts import RowError, check_column, prompt_values, render
 from pipelines.report import build_report, to_html, to_json
+from pipelines.requests import Requests
 from pipelines.results import check_names
+from pipelines.row_values import RowError
 from pipelines.rows import Engine
 from pipelines.stop import GO_ON, Stopped, StopSignals
 from pipelines.storage import exists, resolve
@@ -44,6 +45,7 @@ from pipelines.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+    from transformers import PreTrainedTokenizerBase
 
     from pipelines.worker import ShardResult
 
@@ -101,13 +103,12 @@ def _run(command: Command, engine: Callable[..., Engine] | None) -> int:
     except OSError as error:
         raise UserError(f"input or output cannot be reached: {_one_line(error)}") from None
     if command.dry_run:
-        _check_model(config)
-        _show_plan(job)
+        _show_plan(job, _check_model(job))
         return 0
     if job.owner is not None and output.succeeded():
         _say_finished(job)
     else:
-        _check_model(config)
+        _check_model(job)
         run_job(job, output, engine)
     if command.demo:
         _show_demo(output, config, job.shards)
@@ -127,7 +128,7 @@ def check(config: JobConfig, output: OutputDirectory) -> Job:
     Raises:
         UserError: one line about the first thing that is wrong.
     """
-    dataset = list_dataset(config.input)
+    dataset = list_dataset(config.input, config.format)
     _check_apart(config, dataset, output)
     owner = output.job()
     now = identity(config, dataset)
@@ -141,7 +142,7 @@ def check(config: JobConfig, output: OutputDirectory) -> Job:
             )
         return Job(config, dataset, now, owner.schema, output.shards(), owner)
     schema, facts = measure(dataset)
-    check_column(schema, config.prompt)
+    Requests(config, schema)
     check_names(output_schema(schema, config.columns.keep).names, config.columns)
     return Job(config, dataset, now, schema, make_shards(config, dataset.files, facts), None)
 
@@ -159,13 +160,15 @@ def _check_apart(config: JobConfig, dataset: Dataset, output: OutputDirectory) -
         raise UserError(f"output {config.output!r} is inside the input {config.input!r}; give a directory outside it")
 
 
-def _check_model(config: JobConfig) -> None:
-    """Refuse a model that no engine could load. Imports torch, so it comes after what is cheaper."""
+def _check_model(job: Job) -> tuple[Requests, PreTrainedTokenizerBase]:
+    """Refuse a model that no engine could load, or that cannot take the prompts. Imports torch, so it comes after what is cheaper."""
     from nanovllm.preflight import check_model
     from nanovllm.utils.tokenizer import load_tokenizer
 
+    config = job.config
     model = check_model(config.engine)
-    if load_tokenizer(config.engine) is None:
+    tokenizer = load_tokenizer(config.engine)
+    if tokenizer is None:
         raise UserError(f"model {config.model!r} has no tokenizer; put its tokenizer.json into the directory")
     longest = min(config.engine.max_model_len, model.rope.max_position(model.max_position_embeddings))
     if config.prompt.too_long != "error" and config.sampling.max_tokens >= longest:
@@ -173,12 +176,14 @@ def _check_model(config: JobConfig) -> None:
             f"sampling.max_tokens={config.sampling.max_tokens} leaves no room for a prompt in {longest} tokens, to which "
             f"prompt.too_long={config.prompt.too_long} would cut it; lower it or raise engine.max_model_len"
         )
+    requests = Requests(config, job.schema, config.run.seed)
+    requests.attach(tokenizer, config.model)
+    return requests, tokenizer
 
 
-def _show_plan(job: Job) -> None:
+def _show_plan(job: Job, ready: tuple[Requests, PreTrainedTokenizerBase]) -> None:
     """What `--dry-run` prints: the plan, and the first prompts with their length in tokens."""
-    from nanovllm.utils.tokenizer import load_tokenizer
-
+    requests, tokenizer = ready
     rows = sum(shard.rows for shard in job.shards)
     print(f"input    {rows:,} rows in {len(job.dataset.files):,} {job.dataset.format} files")
     print(f"output   {len(job.shards):,} files of up to {max(shard.rows for shard in job.shards):,} rows")
@@ -186,20 +191,30 @@ def _show_plan(job: Job) -> None:
     print(f"columns  {', '.join(f'{field.name} {field.type}' for field in kept)}")
     first = job.shards[0]
     wanted = first.row_range._replace(rows=min(3, first.rows)) if job.dataset.format == "parquet" else first.row_range
-    column = pa.schema([job.schema.field(job.config.prompt.column)])
+    columns = pa.schema([job.schema.field(name) for name in requests.columns])
     try:
-        table = read_rows(job.dataset.root, job.dataset.format, wanted, column)
+        table = read_rows(job.dataset.root, job.dataset.format, wanted, columns)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"input file {first.file!r} cannot be read: {_one_line(error)}") from None
-    tokenizer = load_tokenizer(job.config.engine)
-    assert tokenizer is not None  # _check_model has refused a model without one
-    for value in prompt_values(table[column.names[0]])[:3]:
+    for row in requests.rows(table.slice(0, 3)):
         try:
-            prompt = render(value)
-            print(f"prompt   {len(tokenizer.encode(prompt))} tokens: {prompt!r}")
+            prompt, params = requests.request(row, 0)
         except RowError as error:
             print(f"prompt   an error row: {error}")
+            continue
+        if isinstance(prompt, str):
+            print(f"prompt   {len(tokenizer.encode(prompt))} tokens: {prompt!r}")
+        else:
+            print(f"prompt   {len(prompt)} tokens: {tokenizer.decode(prompt)!r}")
+        if params.problem() is None and (differing := _differing(params, job.config.sampling)):
+            print(f"         with {differing}")
     print("all checks passed; nothing was written and no engine was started")
+
+
+def _differing(params: SamplingParams, usual: SamplingParams) -> str:
+    """The parameters that a row sets, in words; its seed follows from its place."""
+    names = (field.name for field in fields(SamplingParams) if field.name != "seed")
+    return ", ".join(f"{n}={getattr(params, n)!r}" for n in names if getattr(params, n) != getattr(usual, n))
 
 
 # The run
@@ -612,7 +627,7 @@ def _one_line(error: BaseException) -> str:
 
 def _show_demo(output: OutputDirectory, config: JobConfig, shards: Sequence[Shard]) -> None:
     """Some rows of the result, and how many answers are right."""
-    prompt, generated = config.prompt.column, config.columns.prefix + "generated_text"
+    prompt, generated = config.prompt.column or "prompt", config.columns.prefix + "generated_text"
     right = rows = 0
     shown: list[tuple[str, str, str]] = []
     for shard in shards:

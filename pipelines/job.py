@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from nanovllm import EngineConfig, SamplingParams, UserError
+from nanovllm.utils.chat import check_template_variables
 from nanovllm.utils.validation import parse, suggest
+from pipelines.inputs import Format
 from pipelines.storage import absolute
 
 TooLong = Literal["error", "truncate_left", "truncate_right"]
+PROMPT_SOURCES = ("column", "messages", "template", "template_file")
 
 DEMO_DIRECTORY = Path(__file__).parent / "demo"
 DEMO_CONFIG = Path(__file__).parent / "jobs" / "generate.yaml"
@@ -30,14 +33,57 @@ class _Section(BaseModel):
 
 
 class PromptConfig(_Section):
-    """Where a row's prompt comes from."""
+    """Where a row's prompt comes from: one of `column`, `messages` and `template`. See `pipelines.prompts`."""
 
-    column: str = Field(default="prompt", description="Column that holds the prompt, a string.")
+    column: str | None = Field(
+        default=None,
+        description="Column that holds the prompt: a string, or a list of token ids. `prompt` where neither messages nor a "
+        "template is given.",
+    )
+    messages: str | None = Field(
+        default=None,
+        description="Column that holds a conversation: a list of structs with role and content, or the same as JSON text.",
+    )
+    template: str | None = Field(
+        default=None, description="Jinja template of the prompt; the row's columns are its variables."
+    )
+    template_file: str | None = Field(default=None, description="File that holds the template.")
+    chat: bool = Field(
+        default=False,
+        description="Put the text of column or template through the chat template, as a user's turn. messages imply it.",
+    )
+    system: str | None = Field(
+        default=None, description="System message, before all others; a row's own system message takes its place."
+    )
+    few_shot: list[dict[str, str]] | None = Field(
+        default=None,
+        description="Turns put before the row's own: {user: ..., assistant: ...} pairs, or messages {role: ..., content: ...}.",
+    )
+    chat_template: str | None = Field(default=None, description="Chat template used instead of the model's own.")
+    chat_template_file: str | None = Field(default=None, description="File that holds the chat template.")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Variables of the chat template, for example {enable_thinking: false}."
+    )
+    add_generation_prompt: bool = Field(
+        default=True, description="End a conversation with the beginning of the assistant's turn."
+    )
     too_long: TooLong = Field(
         default="error",
         description="A prompt that does not fit: error makes it an error row; truncate_left drops tokens at its start, "
         "truncate_right at its end, so that prompt and max_tokens fit together.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_column(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and not any(values.get(name) is not None for name in PROMPT_SOURCES):
+            return {**values, "column": "prompt"}
+        return values
+
+    @property
+    def uses_chat(self) -> bool:
+        """Whether prompts go through a chat template."""
+        return self.chat or self.messages is not None
 
 
 class ColumnsConfig(_Section):
@@ -125,8 +171,20 @@ class JobConfig(_Section):
     model: str = Field(description="Local directory with config.json and safetensors, or a hub id.")
     input: str = Field(description="Parquet, JSONL or CSV: a file, directory or glob; local, s3://, gs:// and so on.")
     output: str = Field(description="Directory for the result; local paths must be visible to every node.")
+    format: Literal["auto", Format] = Field(
+        default="auto",
+        description="Of the input; auto: by the names of its files. openai_batch: JSONL of OpenAI's batch API, answered in "
+        "_results.jsonl.",
+    )
     prompt: PromptConfig = PromptConfig()
     sampling: SamplingParams = Field(default_factory=SamplingParams)
+    sampling_columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Sampling parameters of single rows: parameter -> column that holds it; null is the job's value.",
+    )
+    sampling_column: str | None = Field(
+        default=None, description="Column of structs, or of JSON text, whose fields are a row's sampling parameters."
+    )
     columns: ColumnsConfig = ColumnsConfig()
     engine: EngineConfig
     run: RunConfig = RunConfig()
@@ -155,15 +213,72 @@ def build(data: Mapping[str, Any]) -> JobConfig:
         if "model" in engine:
             raise UserError("unknown job config 'engine.model': set the top-level 'model'")
         values["engine"] = {**engine, "model": values.get("model", "")}
+    if isinstance(values.get("prompt"), Mapping):
+        values["prompt"] = read_prompt_files(values["prompt"])
     config = parse(JobConfig, {key: value for key, value in values.items() if value is not None}, "job config")
     problem = config.sampling.problem()
     if problem is not None:
         raise UserError(f"job config sampling.{problem}")
     check_written(config.sampling)
+    check_prompt(config.prompt, config.format)
     for name in ("model", "input", "output"):
         if not getattr(config, name):
             raise UserError(f"job config {name!r} is empty; give it a path")
     return config
+
+
+def read_prompt_files(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `prompt` with the content of its files in their place: other machines have no such files.
+
+    Raises:
+        UserError: a file cannot be read, or is given beside what it should hold.
+    """
+    values = dict(prompt)
+    for name in ("template", "chat_template"):
+        path = values.pop(f"{name}_file", None)
+        if path is None:
+            continue
+        if values.get(name) is not None:
+            raise UserError(f"prompt.{name} and prompt.{name}_file are both given; leave one out")
+        try:
+            values[name] = Path(str(path)).expanduser().read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"prompt.{name}_file {str(path)!r} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"prompt.{name}_file {str(path)!r} is not UTF-8 text") from None
+    return values
+
+
+def check_prompt(prompt: PromptConfig, input_format: str = "auto") -> None:
+    """Refuse settings of a prompt that do not go together, whatever the input's columns are.
+
+    Raises:
+        UserError: naming them.
+    """
+    if input_format == "openai_batch":
+        allowed = {"chat_template", "chat_template_kwargs", "too_long"}
+        given = [name for name, value in prompt if value != getattr(PromptConfig(), name) and name not in allowed]
+        if given:
+            raise UserError(
+                f"prompt.{given[0]} has no meaning with format=openai_batch: prompts are in the requests' bodies; leave it out"
+            )
+        return
+    sources = [name for name in ("column", "messages", "template") if getattr(prompt, name) is not None]
+    if len(sources) > 1:
+        raise UserError(
+            f"prompt.{sources[0]} and prompt.{sources[1]} are both given; a prompt comes from one of column, messages and template"
+        )
+    for turn in prompt.few_shot or ():
+        if set(turn) not in ({"user", "assistant"}, {"role", "content"}):
+            raise UserError(
+                f"prompt.few_shot has {turn!r}; give {{user: ..., assistant: ...}} pairs or messages {{role: ..., content: ...}}"
+            )
+    check_template_variables(prompt.chat_template_kwargs)
+    for name in ("system", "few_shot", "chat_template", "chat_template_kwargs", "add_generation_prompt"):
+        if not prompt.uses_chat and getattr(prompt, name) != getattr(PromptConfig(), name):
+            raise UserError(
+                f"prompt.{name} is for chats, and this prompt is plain text; set prompt.chat=true, or leave it out"
+            )
 
 
 def check_written(sampling: SamplingParams) -> None:

@@ -37,6 +37,13 @@ SPEED_OPTIONS = {
     "seed",
     "trust_remote_code",
 }
+# What settings that came later are where they are not used: outputs begun before there was such a setting go on.
+UNUSED: dict[str, Any] = {
+    "prompt.add_generation_prompt": True,
+    "prompt.chat": False,
+    "prompt.chat_template_kwargs": {},
+    "sampling_columns": {},
+}
 SAMPLED_BYTES = 1 << 20
 # A shard stays in flight until its longest row is done, most of its rows having ended long before. So an engine is full while its shards
 # in flight hold as many batches as the longest row is longer than the mean one; outputs whose lengths differ by more than this are rare.
@@ -155,16 +162,19 @@ def identity(config: JobConfig, dataset: Dataset) -> Identity:
     """All that decides the result of a job, as flat names and plain values. Equal identities resume one another."""
     settings = config.as_dict()
     engine = {key: value for key, value in settings["engine"].items() if key not in SPEED_OPTIONS}
-    return {
+    settled = {
         "row path version": ROW_PATH_VERSION,
         "model": model_identity(config.model),
         "input": _digest_files(dataset.files),
         **{f"prompt.{key}": value for key, value in settings["prompt"].items()},
+        "format": "openai_batch" if config.format == "openai_batch" else None,  # the others say what `input` does
+        **{key: settings[key] for key in ("sampling_columns", "sampling_column")},
         **{f"sampling.{key}": value for key, value in settings["sampling"].items()},
         **{f"columns.{key}": value for key, value in settings["columns"].items()},
         **{f"engine.{key}": value for key, value in engine.items()},
         "run.seed": config.run.seed,
     }
+    return {key: value for key, value in settled.items() if key not in UNUSED or value != UNUSED[key]}
 
 
 def model_identity(model: str) -> str:

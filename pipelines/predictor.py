@@ -8,6 +8,7 @@ ds = ray.data.read_parquet(path).map_batches(
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import sys
 from collections.abc import Mapping
@@ -19,9 +20,10 @@ from ray.data.block import BlockAccessor
 
 from nanovllm import AsyncLLM, EngineConfig, EngineDeadError, SamplingParams, UserError
 from nanovllm.utils.validation import parse, suggest
-from pipelines.job import ColumnsConfig, PromptConfig, TooLong, check_written
+from pipelines.job import ColumnsConfig, PromptConfig, TooLong, check_prompt, check_written, read_prompt_files
+from pipelines.requests import Requests, row_seed
 from pipelines.results import RowResult, check_names, result_table
-from pipelines.rows import RowPath, row_seed
+from pipelines.rows import RowPath
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,8 +49,11 @@ class NanoVLLMPredictor:
         model: str,
         sampling_params: SamplingParams | Mapping[str, Any] | None = None,
         *,
-        prompt_column: str = "prompt",
-        too_long: TooLong = "error",
+        prompt_column: str | None = None,
+        prompt: Mapping[str, Any] | None = None,
+        sampling_columns: Mapping[str, str] | None = None,
+        sampling_column: str | None = None,
+        too_long: TooLong | None = None,
         output_prefix: str = "",
         num_cached_tokens: bool = False,
         **engine_options: Any,
@@ -58,8 +63,13 @@ class NanoVLLMPredictor:
         Args:
             model: local directory or hub id.
             sampling_params: how rows are sampled; its `seed`, or 0, is the seed of the whole dataset.
-            prompt_column: column of strings. A null, an empty string or another type is an error value in its row.
-            too_long: what becomes of a prompt that does not fit: "error", "truncate_left" or "truncate_right".
+            prompt_column: column of strings or of lists of token ids; short for `prompt={"column": ...}`. A null, an empty string or
+                another type is an error value in its row.
+            prompt: where prompts come from, the fields of a job's section `prompt`: `{"messages": "conversation"}`,
+                `{"template": "Sum up: {{ text }}", "chat": True, "system": "Be brief."}` and so on. Files are read on the actor.
+            sampling_columns: parameter -> column, for rows with parameters of their own.
+            sampling_column: column of structs, or of JSON text, whose fields are parameters.
+            too_long: what becomes of a prompt that does not fit: "error" (the default), "truncate_left" or "truncate_right".
             output_prefix: put before the names of the generated columns.
             num_cached_tokens: add that column.
             engine_options: fields of `EngineConfig`, for example `max_model_len` or `dtype`.
@@ -69,17 +79,23 @@ class NanoVLLMPredictor:
         """
         unknown = set(engine_options) - set(EngineConfig.model_fields)
         if unknown:
-            own = {"sampling_params", "prompt_column", "too_long", "output_prefix", "num_cached_tokens"}
+            own = set(inspect.signature(NanoVLLMPredictor).parameters) - {"model", "engine_options"}
             name = min(unknown)
             raise UserError(f"unknown option {name!r}: {suggest(name, own | set(EngineConfig.model_fields))}")
         EngineConfig.create(model, **engine_options)
-        sampling = _sampling_params(sampling_params)
-        self._prompt = parse(PromptConfig, {"column": prompt_column, "too_long": too_long}, "option")
+        self._settings = _Settings(
+            _prompt(prompt, prompt_column, too_long),
+            _sampling_params(sampling_params),
+            sampling_columns or {},
+            sampling_column,
+        )
         columns = {"prefix": output_prefix, "num_cached_tokens": num_cached_tokens}
         self._columns = parse(ColumnsConfig, columns, "option")
-        self._seed = sampling.seed or 0
+        self._seed = self._settings.sampling.seed or 0
+        self._requests: dict[pa.Schema, Requests] = {}
+        self._model = model
         self._engine = AsyncLLM(model, **engine_options)
-        self._rows = RowPath(self._engine, self._prompt, sampling)
+        self._rows = RowPath(self._engine, self._settings.prompt.too_long)
 
     def __del__(self) -> None:
         """Free the engine when Ray lets go of the actor."""
@@ -90,25 +106,56 @@ class NanoVLLMPredictor:
         """Generate for a batch in any of Ray's batch formats. The result is an Arrow table: its types never depend on its rows.
 
         Raises:
-            UserError: the prompt column is missing, or a generated column has the name of an input column.
+            UserError: a column that is read is missing, or a generated column has the name of an input column.
         """
         table = batch if isinstance(batch, pa.Table) else BlockAccessor.batch_to_arrow_block(batch)
-        names = table.column_names
-        if self._prompt.column not in names:
-            raise UserError(f"no column {self._prompt.column!r} (prompt_column): {suggest(self._prompt.column, names)}")
-        check_names(names, self._columns)
-        values = table[self._prompt.column].to_pylist()
-        seeds = [row_seed(self._seed, str(value)) for value in values]
+        check_names(table.column_names, self._columns)
+        requests = self._requests_for(table.schema)
+        rows = requests.rows(table)
+        seeds = [row_seed(self._seed, requests.key(row)) for row in rows]
         results: dict[int, RowResult] = {}
         try:
-            await self._rows.run(values, seeds, results.__setitem__)
+            await self._rows.run(requests, rows, seeds, results.__setitem__)
         except EngineDeadError as error:
             print(f"the engine died: {error}", file=sys.stderr, flush=True)
             os._exit(ENGINE_DIED)
-        generated = result_table([results[row] for row in range(len(values))], self._columns)
+        generated = result_table([results[row] for row in range(len(rows))], self._columns)
         for name in generated.column_names:
             table = table.append_column(generated.schema.field(name), generated[name])
         return table
+
+    def _requests_for(self, schema: pa.Schema) -> Requests:
+        """Batches nearly always have one schema."""
+        schema = schema.remove_metadata()
+        if schema not in self._requests:
+            requests = Requests(self._settings, schema, self._seed)
+            requests.attach(self._engine.tokenizer, self._model)
+            self._requests[schema] = requests
+        return self._requests[schema]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """`RequestSettings` of a predictor."""
+
+    prompt: PromptConfig
+    sampling: SamplingParams
+    sampling_columns: Mapping[str, str]
+    sampling_column: str | None
+    format: str = "auto"
+
+
+def _prompt(given: Mapping[str, Any] | None, column: str | None, too_long: TooLong | None) -> PromptConfig:
+    values = dict(given or {})
+    for name, option, value in (("column", "prompt_column", column), ("too_long", "too_long", too_long)):
+        if value is None:
+            continue
+        if name in values:
+            raise UserError(f"{option} and prompt[{name!r}] are both given; leave one out")
+        values[name] = value
+    config = parse(PromptConfig, read_prompt_files(values), "option")
+    check_prompt(config)
+    return config
 
 
 def _sampling_params(given: SamplingParams | Mapping[str, Any] | None) -> SamplingParams:

@@ -33,9 +33,9 @@ from pipelines.job import JobConfig, build
 from pipelines.plan import SHARD_SCHEMA, Shard
 from pipelines.processes import born
 from pipelines.progress import WorkerState
-from pipelines.prompts import prompt_values
+from pipelines.requests import Requests, row_seed
 from pipelines.results import RowResult, failed_row, result_table
-from pipelines.rows import Engine, RowPath, row_seed
+from pipelines.rows import Engine, RowPath
 from pipelines.storage import Location
 
 T = TypeVar("T")
@@ -146,14 +146,16 @@ class ShardWorker:
             )
         kept = output_schema(task.schema, self._config.columns.keep)
         self._kept = kept.names
-        prompt = task.schema.field(self._config.prompt.column)
-        self._schema = kept if prompt.name in kept.names else kept.append(prompt)
+        self._requests = Requests(self._config, task.schema, self._config.run.seed)
+        read = [name for name in self._requests.columns if name not in kept.names]
+        self._schema = pa.schema([*kept, *(task.schema.field(name) for name in read)])
         if task.actors_per_node is not None:
             share_cpus(task.actors_per_node, self._config.engine.tensor_parallel_size)
         self._engine: Engine = (task.engine or AsyncLLM)(
             self._config.model, **self._config.engine.model_dump(exclude={"model"})
         )
-        self._rows = RowPath(self._engine, self._config.prompt, self._config.sampling)
+        self._requests.attach(self._engine.tokenizer, self._config.model)
+        self._rows = RowPath(self._engine, self._config.prompt.too_long)
         self._active: dict[int, _Active] = {}
         self._io = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="shard-io")
         self._steps, self._stepped = 0, time.monotonic()
@@ -244,11 +246,11 @@ class ShardWorker:
     async def _run_rows(self, active: _Active, table: pa.Table, rows: list[int]) -> None:
         """Generate for the rows at some positions of a shard."""
         shard = active.shard
-        prompts = prompt_values(table[self._config.prompt.column].take(pa.array(rows, pa.int64())))
         seeds = [row_seed(self._config.run.seed, shard.file, shard.first_row + row, 0) for row in rows]
         try:
             await self._rows.run(
-                prompts,
+                self._requests,
+                self._requests.rows(table.select(self._requests.columns).take(pa.array(rows, pa.int64()))),
                 seeds,
                 lambda number, result: active.done(rows[number], result),
                 lambda number, future: active.submitted(rows[number], future),

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,9 +17,10 @@ from nanovllm.outputs import error_output
 from pipelines.counts import Counts, count_rows
 from pipelines.job import ColumnsConfig, PromptConfig, TooLong
 from pipelines.predictor import NanoVLLMPredictor
-from pipelines.prompts import check_column
+from pipelines.prompts import Prompts
+from pipelines.requests import Requests, row_seed
 from pipelines.results import RowResult, check_names, result_table, results_from_table, results_to_table
-from pipelines.rows import RowPath, row_seed
+from pipelines.rows import RowPath
 
 LONG = "many words " * 400
 
@@ -33,11 +35,24 @@ def engine(chat_model_dir: Path) -> Iterator[AsyncLLM]:
     engine.shutdown()
 
 
+@dataclass
+class Settings:
+    """`RequestSettings`."""
+
+    prompt: PromptConfig
+    sampling: SamplingParams
+    sampling_columns: dict[str, str] = field(default_factory=dict)
+    sampling_column: str | None = None
+    format: str = "auto"
+
+
 def run(engine: object, values: list[object], too_long: TooLong = "error", max_tokens: int = 5) -> list[RowResult]:
-    rows = RowPath(engine, PromptConfig(too_long=too_long), SamplingParams(max_tokens=max_tokens, ignore_eos=True))  # type: ignore[arg-type]
+    settings = Settings(PromptConfig(too_long=too_long), SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+    requests = Requests(settings, pa.schema([("prompt", pa.string())]))
+    rows = RowPath(engine, too_long)  # type: ignore[arg-type]
     results: dict[int, RowResult] = {}
     seeds = [row_seed(0, str(value)) for value in values]
-    asyncio.run(rows.run(values, seeds, results.__setitem__))
+    asyncio.run(rows.run(requests, [{"prompt": value} for value in values], seeds, results.__setitem__))
     return [results[number] for number in range(len(values))]
 
 
@@ -178,10 +193,10 @@ def test_counts_add_up() -> None:
 def test_columns_are_checked() -> None:
     schema = pa.schema([("text", pa.string()), ("n", pa.int64()), ("error", pa.string())])
     with pytest.raises(UserError, match=r"no column 'txt'.*did you mean 'text'"):
-        check_column(schema, PromptConfig(column="txt"))
+        Prompts(PromptConfig(column="txt"), schema)
     with pytest.raises(UserError, match=r"'n' .*is int64; prompts are strings"):
-        check_column(schema, PromptConfig(column="n"))
-    check_column(pa.schema([("text", pa.dictionary(pa.int32(), pa.large_string()))]), PromptConfig(column="text"))
+        Prompts(PromptConfig(column="n"), schema)
+    Prompts(PromptConfig(column="text"), pa.schema([("text", pa.dictionary(pa.int32(), pa.large_string()))]))
     with pytest.raises(UserError, match=r"column 'error'.*columns\.prefix"):
         check_names(schema.names, ColumnsConfig())
     check_names(schema.names, ColumnsConfig(prefix="new_"))

@@ -21,8 +21,8 @@ from pipelines.commit import Journal, OutputDirectory, read_journal
 from pipelines.inputs import list_dataset, measure
 from pipelines.job import JobConfig, build
 from pipelines.plan import SHARD_SCHEMA, Shard, cut
+from pipelines.requests import row_seed
 from pipelines.results import RowResult
-from pipelines.rows import row_seed
 from pipelines.worker import ENGINE_DIED, ShardWorker, Task
 
 ROWS = 12
@@ -30,6 +30,8 @@ ROWS = 12
 
 class FakeEngine:
     """Says back the prompt and the seed; dies of the prompt "row 5" when told to."""
+
+    tokenizer = None
 
     def __init__(self, model: str, **options: Any) -> None:
         self.max_prompt_len = 100
