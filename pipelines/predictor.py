@@ -23,6 +23,7 @@ from nanovllm.utils.validation import parse, suggest
 from pipelines.job import ColumnsConfig, PromptConfig, TooLong, check_prompt, check_written, read_prompt_files
 from pipelines.requests import Requests, row_seed
 from pipelines.results import RowResult, check_names, result_table
+from pipelines.row_values import OBJECTS, column_values, plain
 from pipelines.rows import RowPath
 
 if TYPE_CHECKING:
@@ -110,8 +111,10 @@ class NanoVLLMPredictor:
         """
         table = batch if isinstance(batch, pa.Table) else BlockAccessor.batch_to_arrow_block(batch)
         check_names(table.column_names, self._columns)
-        requests = self._requests_for(table.schema)
-        rows = requests.rows(table)
+        objects = _objects(batch, table)
+        requests = self._requests_for(table.schema, frozenset(objects))
+        read = {name: objects[name] if name in objects else column_values(table[name]) for name in requests.columns}
+        rows = requests.rows_of(read)
         seeds = [row_seed(self._seed, requests.key(row)) for row in rows]
         results: dict[int, RowResult] = {}
         try:
@@ -124,9 +127,9 @@ class NanoVLLMPredictor:
             table = table.append_column(generated.schema.field(name), generated[name])
         return table
 
-    def _requests_for(self, schema: pa.Schema) -> Requests:
-        """Batches nearly always have one schema."""
-        schema = schema.remove_metadata()
+    def _requests_for(self, schema: pa.Schema, objects: frozenset[str]) -> Requests:
+        """Made once for each schema; batches nearly always have one."""
+        schema = pa.schema([f.with_type(OBJECTS) if f.name in objects else f for f in schema])
         if schema not in self._requests:
             requests = Requests(self._settings, schema, self._seed)
             requests.attach(self._engine.tokenizer, self._model)
@@ -143,6 +146,23 @@ class _Settings:
     sampling_columns: Mapping[str, str]
     sampling_column: str | None
     format: str = "auto"
+
+
+def _objects(batch: Batch, table: pa.Table) -> dict[str, list[Any]]:
+    """Values of the columns that have no type of Arrow's own, as lists, dicts and numbers.
+
+    Ray Data puts nested columns of numpy and pandas batches into tensors or pickles, and which of them may differ from batch to batch.
+    """
+    found: dict[str, list[Any]] = {}
+    for field in table.schema:
+        extended = isinstance(field.type, pa.BaseExtensionType)
+        if isinstance(batch, pa.Table):
+            # A tensor is numbers. A pickle may come from a file; `Requests` refuses it.
+            if extended and field.type.extension_name.startswith("ray.data.arrow_tensor"):
+                found[field.name] = [plain(value) for value in table[field.name].to_pylist()]
+        elif extended or field.type.num_fields:
+            found[field.name] = [plain(value) for value in batch[field.name]]
+    return found
 
 
 def _prompt(given: Mapping[str, Any] | None, column: str | None, too_long: TooLong | None) -> PromptConfig:

@@ -12,7 +12,7 @@ from nanovllm import UserError
 from nanovllm.utils.chat import ChatError, ChatRenderer, Message, check_messages
 from nanovllm.utils.validation import suggest
 from pipelines.job import PromptConfig
-from pipelines.row_values import RowError, is_text, list_item
+from pipelines.row_values import OBJECTS, RowError, is_text, list_item
 from pipelines.templates import RowTemplate
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def read_messages(value: object) -> list[Message]:
 
 
 def _may_hold(kind: pa.DataType, setting: str) -> bool:
-    if is_text(kind) or isinstance(kind, pa.BaseExtensionType):
+    if is_text(kind) or kind == OBJECTS:
         return True
     item = list_item(kind)
     if item is None:

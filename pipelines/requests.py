@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ from nanovllm.utils.validation import suggest
 from pipelines.job import PromptConfig
 from pipelines.openai_batch import BODY_PARAMETERS, BatchRequests
 from pipelines.prompts import Prompts
-from pipelines.row_values import RowError, column_values, is_text
+from pipelines.row_values import OBJECTS, RowError, column_values, is_text, refuse_pickles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,8 +103,8 @@ class RowParameters:
             kind = _type_of(schema, self._column, "sampling_column")
             if pa.types.is_struct(kind):
                 names |= {_checked(kind.field(i).name, f"column {self._column!r}") for i in range(kind.num_fields)}
-            elif is_text(kind):
-                names |= ROW_PARAMETERS  # what its JSON holds is known row by row
+            elif is_text(kind) or kind == OBJECTS:
+                names |= ROW_PARAMETERS  # what it holds is known row by row
             else:
                 raise UserError(
                     f"column {self._column!r} (sampling_column) is {kind}; it must be structs, or JSON text, whose fields are "
@@ -165,6 +165,8 @@ class Requests:
         self._parameters = RowParameters(settings, schema)
         read = {*self._prompts.columns, *self._parameters.columns}
         self.columns = [name for name in schema.names if name in read]
+        for name in self.columns:
+            refuse_pickles(schema.field(name))
 
     def attach(self, tokenizer: PreTrainedTokenizerBase | None, model: str) -> None:
         """Make ready for `request`.
@@ -176,8 +178,12 @@ class Requests:
 
     def rows(self, table: pa.Table) -> list[Row]:
         """The rows of a table, each as `request` takes it."""
-        columns = [column_values(table[name]) for name in self.columns]
-        return [dict(zip(self.columns, values, strict=True)) for values in zip(*columns, strict=True)]
+        return self.rows_of({name: column_values(table[name]) for name in self.columns})
+
+    def rows_of(self, columns: Mapping[str, Sequence[object]]) -> list[Row]:
+        """The rows of some columns, which have at least those that are read."""
+        values = zip(*(columns[name] for name in self.columns), strict=True)
+        return [dict(zip(self.columns, row, strict=True)) for row in values]
 
     def key(self, row: Row) -> str:
         """What a row's prompt comes from, as text: equal for rows whose prompts are."""
@@ -221,16 +227,17 @@ class Requests:
 def read_parameter(name: str, value: object, where: str) -> Any:
     """A sampling parameter from a column's value; None where the row does not set it.
 
-    Text is JSON, but for `stop`. A column of numbers with nulls may hold 3.0 for 3, and maps come as pairs.
+    Text is JSON, but for `stop`, and nothing where it is empty. A column of numbers with nulls may hold 3.0 for 3, and maps come
+    as pairs.
 
     Raises:
         RowError: text that is no JSON.
     """
     if isinstance(value, bytes):
         raise RowError(f"{where}: {name} is not valid UTF-8")
+    if value == "":  # CSV has no nulls
+        return None
     if isinstance(value, str) and name != "stop":
-        if not value.strip():  # CSV has no nulls
-            return None
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):

@@ -7,6 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from nanovllm import UserError
+
+# Type of a column that a program handed over as Python objects: what it holds is known row by row.
+OBJECTS = pa.opaque(pa.null(), "object", "python")
+
 
 class RowError(ValueError):
     """What is wrong with one row; its message becomes the row's `error` value."""
@@ -14,8 +19,6 @@ class RowError(ValueError):
 
 def column_values(column: pa.ChunkedArray) -> list[object]:
     """The values of a column. Where files hold strings that are not UTF-8, those are bytes."""
-    if isinstance(column.type, pa.BaseExtensionType):  # Ray Data's, for what came as numpy arrays
-        return [plain(value) for value in column.to_pylist()]
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:  # Parquet readers do not check; one such row must not cost the job
@@ -41,6 +44,23 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return value
+
+
+def refuse_pickles(field: pa.Field) -> None:
+    """Refuse a column that cannot be read without unpickling what a file holds, which would run whatever code it names.
+
+    Raises:
+        UserError: naming the column.
+    """
+    kinds = [field.type]
+    while kinds:
+        kind = kinds.pop()
+        if getattr(kind, "extension_name", "") == "ray.data.arrow_pickled_object":
+            raise UserError(
+                f"column {field.name!r} holds pickled Python objects, which are not read from files; write it as text, numbers, "
+                "lists or structs"
+            )
+        kinds += [kind.field(i).type for i in range(kind.num_fields)]
 
 
 def is_text(kind: pa.DataType) -> bool:
