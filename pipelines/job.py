@@ -47,6 +47,11 @@ class ColumnsConfig(_Section):
     keep: list[str] | None = Field(
         default=None, description="Input columns to carry into the output; all where not given."
     )
+    samples: Literal["list", "rows"] = Field(
+        default="list",
+        description="With sampling.n above 1: list makes the columns of a sample lists of n values; rows makes n rows of each "
+        "input row, with sample_index from 0 and the input columns repeated.",
+    )
     num_cached_tokens: bool = Field(
         default=False,
         description="Add num_cached_tokens. It tells what one attempt reused, so with it a resumed job's files differ.",
@@ -159,28 +164,10 @@ def build(data: Mapping[str, Any]) -> JobConfig:
     problem = config.sampling.problem()
     if problem is not None:
         raise UserError(f"job config sampling.{problem}")
-    check_written(config.sampling)
     for name in ("model", "input", "output"):
         if not getattr(config, name):
             raise UserError(f"job config {name!r} is empty; give it a path")
     return config
-
-
-def check_written(sampling: SamplingParams) -> None:
-    """Refuse options whose results no column holds.
-
-    Raises:
-        UserError: naming the option.
-    """
-    for name, value, off in (
-        ("n", sampling.n, 1),
-        ("logprobs", sampling.logprobs, None),
-        ("prompt_logprobs", sampling.prompt_logprobs, None),
-    ):
-        if value != off:
-            raise UserError(
-                f"sampling {name}={value!r}: its results have no column yet; leave it out, or use LLM.generate"
-            )
 
 
 def _check_sampling_keys(sampling: Mapping[str, Any]) -> None:

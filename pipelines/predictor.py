@@ -11,7 +11,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,9 @@ from ray.data.block import BlockAccessor
 
 from nanovllm import AsyncLLM, EngineConfig, EngineDeadError, SamplingParams, UserError
 from nanovllm.utils.validation import parse, suggest
-from pipelines.job import ColumnsConfig, PromptConfig, TooLong, check_written
-from pipelines.results import RowResult, check_names, result_table
+from pipelines.columns import check_names, choose_columns
+from pipelines.job import ColumnsConfig, PromptConfig, TooLong
+from pipelines.results import RowResult
 from pipelines.rows import RowPath, row_seed
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class NanoVLLMPredictor:
         too_long: TooLong = "error",
         output_prefix: str = "",
         num_cached_tokens: bool = False,
+        samples: Literal["list", "rows"] = "list",
         **engine_options: Any,
     ) -> None:
         """Load the engine.
@@ -62,6 +64,7 @@ class NanoVLLMPredictor:
             too_long: what becomes of a prompt that does not fit: "error", "truncate_left" or "truncate_right".
             output_prefix: put before the names of the generated columns.
             num_cached_tokens: add that column.
+            samples: with `n` above 1, "list" makes the columns of a sample lists of n values, "rows" makes n rows of each.
             engine_options: fields of `EngineConfig`, for example `max_model_len` or `dtype`.
 
         Raises:
@@ -69,14 +72,14 @@ class NanoVLLMPredictor:
         """
         unknown = set(engine_options) - set(EngineConfig.model_fields)
         if unknown:
-            own = {"sampling_params", "prompt_column", "too_long", "output_prefix", "num_cached_tokens"}
+            own = {"sampling_params", "prompt_column", "too_long", "output_prefix", "num_cached_tokens", "samples"}
             name = min(unknown)
             raise UserError(f"unknown option {name!r}: {suggest(name, own | set(EngineConfig.model_fields))}")
-        EngineConfig.create(model, **engine_options)
+        engine = EngineConfig.create(model, **engine_options)
         sampling = _sampling_params(sampling_params)
         self._prompt = parse(PromptConfig, {"column": prompt_column, "too_long": too_long}, "option")
-        columns = {"prefix": output_prefix, "num_cached_tokens": num_cached_tokens}
-        self._columns = parse(ColumnsConfig, columns, "option")
+        columns = {"prefix": output_prefix, "num_cached_tokens": num_cached_tokens, "samples": samples}
+        self._columns = choose_columns(parse(ColumnsConfig, columns, "option"), sampling, engine.reasoning)
         self._seed = sampling.seed or 0
         self._engine = AsyncLLM(model, **engine_options)
         self._rows = RowPath(self._engine, self._prompt, sampling)
@@ -105,10 +108,7 @@ class NanoVLLMPredictor:
         except EngineDeadError as error:
             print(f"the engine died: {error}", file=sys.stderr, flush=True)
             os._exit(ENGINE_DIED)
-        generated = result_table([results[row] for row in range(len(values))], self._columns)
-        for name in generated.column_names:
-            table = table.append_column(generated.schema.field(name), generated[name])
-        return table
+        return self._columns.extend(table, [results[row] for row in range(len(values))])
 
 
 def _sampling_params(given: SamplingParams | Mapping[str, Any] | None) -> SamplingParams:
@@ -122,5 +122,4 @@ def _sampling_params(given: SamplingParams | Mapping[str, Any] | None) -> Sampli
     problem = sampling.problem()
     if problem is not None:
         raise UserError(f"sampling_params: {problem}")
-    check_written(sampling)
     return sampling

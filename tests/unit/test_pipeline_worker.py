@@ -21,7 +21,7 @@ from pipelines.commit import Journal, OutputDirectory, read_journal
 from pipelines.inputs import list_dataset, measure
 from pipelines.job import JobConfig, build
 from pipelines.plan import SHARD_SCHEMA, Shard, cut
-from pipelines.results import RowResult
+from pipelines.results import RowResult, Sample
 from pipelines.rows import row_seed
 from pipelines.worker import ENGINE_DIED, ShardWorker, Task
 
@@ -126,7 +126,7 @@ def test_journalled_rows_are_not_generated_again(bench: Bench) -> None:
     shard = bench.shards[1]
     journal = Journal(bench.output.journal(shard.index))
     for position in (0, 3):
-        journal.add(position, RowResult(f"kept {position}", "length", 3, 2, 0, None))
+        journal.add(position, RowResult((Sample(f"kept {position}", "length", 2),), 3, 0, None))
     journal.flush()
     worker, engine = bench.worker()
     result = bench.work(worker, shard)
