@@ -163,11 +163,12 @@ def _check_apart(config: JobConfig, dataset: Dataset, output: OutputDirectory) -
 
 def _check_model(config: JobConfig) -> None:
     """Refuse a model that no engine could load. Imports torch, so it comes after what is cheaper."""
-    from nanovllm.preflight import check_model
+    from nanovllm.preflight import check_model, check_sampling
     from nanovllm.utils.tokenizer import load_tokenizer
 
     model = check_model(config.engine)
-    if load_tokenizer(config.engine) is None:
+    tokenizer = load_tokenizer(config.engine)
+    if tokenizer is None:
         raise UserError(f"model {config.model!r} has no tokenizer; put its tokenizer.json into the directory")
     longest = min(config.engine.max_model_len, model.rope.max_position(model.max_position_embeddings))
     if config.prompt.too_long != "error" and config.sampling.max_tokens >= longest:
@@ -175,6 +176,7 @@ def _check_model(config: JobConfig) -> None:
             f"sampling.max_tokens={config.sampling.max_tokens} leaves no room for a prompt in {longest} tokens, to which "
             f"prompt.too_long={config.prompt.too_long} would cut it; lower it or raise engine.max_model_len"
         )
+    check_sampling(config.engine, config.sampling, model, tokenizer)
 
 
 def _show_plan(job: Job) -> None:

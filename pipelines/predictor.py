@@ -18,6 +18,7 @@ import pyarrow as pa
 from ray.data.block import BlockAccessor
 
 from nanovllm import AsyncLLM, EngineConfig, EngineDeadError, SamplingParams, UserError
+from nanovllm.preflight import check_sampling
 from nanovllm.utils.validation import parse, suggest
 from pipelines.columns import check_names, choose_columns
 from pipelines.job import ColumnsConfig, PromptConfig, TooLong
@@ -68,7 +69,8 @@ class NanoVLLMPredictor:
             engine_options: fields of `EngineConfig`, for example `max_model_len` or `dtype`.
 
         Raises:
-            UserError: an unknown option, a value out of range, or a model that cannot be loaded.
+            UserError: an unknown option, a value out of range, a structured output that cannot be compiled, or a model that
+                cannot be loaded.
         """
         unknown = set(engine_options) - set(EngineConfig.model_fields)
         if unknown:
@@ -81,6 +83,7 @@ class NanoVLLMPredictor:
         columns = {"prefix": output_prefix, "num_cached_tokens": num_cached_tokens, "samples": samples}
         self._columns = choose_columns(parse(ColumnsConfig, columns, "option"), sampling, engine.reasoning)
         self._seed = sampling.seed or 0
+        check_sampling(engine, sampling)
         self._engine = AsyncLLM(model, **engine_options)
         self._rows = RowPath(self._engine, self._prompt, sampling)
 

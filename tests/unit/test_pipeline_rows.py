@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -166,3 +167,17 @@ def test_the_predictor_refuses_before_it_loads(options: dict[str, object], messa
     with pytest.raises(UserError) as caught:
         NanoVLLMPredictor("no-such-model", **options)  # type: ignore[arg-type]
     assert message in str(caught.value)
+
+
+def test_the_predictor_refuses_what_cannot_be_compiled_before_it_loads(chat_model_dir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(chat_model_dir, model)
+    (model / "model.safetensors").unlink()  # loading would say so
+    for sampling, message in (
+        ({"structured_outputs": {"json": {"type": "array", "uniqueItems": True}}}, "json cannot be compiled"),
+        ({"allowed_token_ids": [99999]}, "allowed_token_ids holds 99999"),
+    ):
+        with pytest.raises(UserError, match=message):
+            NanoVLLMPredictor(str(model), sampling)
+    with pytest.raises(UserError, match="safetensors"):
+        NanoVLLMPredictor(str(model), {"structured_outputs": {"choice": ["a", "b"]}})
