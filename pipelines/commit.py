@@ -40,7 +40,7 @@ T = TypeVar("T")
 MAGIC = b"nvR1"
 HEADER = struct.Struct("<4sQQ")  # magic, length of the payload, xxh64 of the payload
 CHECK_THREADS = 32
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 
 class JobFile(NamedTuple):
@@ -286,25 +286,32 @@ class OutputDirectory:
         """Whether an earlier start finished the job."""
         return exists(self.place.child("_SUCCESS"))
 
-    def finish(self, shards: Sequence[Shard], confirm: Callable[[], object] = lambda: None, retries: int = 0) -> None:
+    def finish(
+        self,
+        shards: Sequence[Shard],
+        confirm: Callable[[], object] = lambda: None,
+        retries: int = 0,
+        rows_each: int = 1,
+    ) -> None:
         """Check that every planned shard has a file with its number of rows, mark success, and tidy up.
 
         `confirm` is called between the check, which takes a while, and the mark, and raises where the mark is not due.
-        `retries` is how often each request that fails is made again.
+        `retries` is how often each request that fails is made again. `rows_each` is how many output rows an input row has.
 
         Raises:
             OSError: a file is missing, unreadable or has another number of rows; nothing is marked.
         """
 
         def rows_are(shard: Shard) -> bool:
-            return retrying(lambda: self.part_rows(shard.index), retries) == shard.rows
+            return retrying(lambda: self.part_rows(shard.index), retries) == shard.rows * rows_each
 
         with ThreadPoolExecutor(CHECK_THREADS) as pool:
             for shard, right in zip(shards, pool.map(rows_are, shards), strict=True):
                 if not right:
-                    raise OSError(f"{self.part(shard.index).path} does not hold the {shard.rows} rows planned for it")
+                    rows = shard.rows * rows_each
+                    raise OSError(f"{self.part(shard.index).path} does not hold the {rows} rows planned for it")
         confirm()
-        summary = {"rows": sum(shard.rows for shard in shards), "files": len(shards)}
+        summary = {"rows": sum(shard.rows for shard in shards) * rows_each, "files": len(shards)}
         mark = json.dumps(summary).encode() + b"\n"
         retrying(lambda: put(self.place.child("_SUCCESS"), mark, self._scratch), retries)
         with contextlib.suppress(OSError):  # what is left over harms nobody

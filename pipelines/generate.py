@@ -27,16 +27,16 @@ import pyarrow as pa
 
 from cluster.placement import Placement, local_gpus, place
 from nanovllm import SamplingParams, UserError
+from pipelines.columns import OutputColumns, check_names, output_columns
 from pipelines.commit import JobFile, OutputDirectory, RecordLog, backoff_s, output_schema, read_records, retrying
-from pipelines.counts import COUNTED, Counts, count_rows
+from pipelines.counts import Counts, count_rows, counted
 from pipelines.inputs import Dataset, list_dataset, measure, read_rows
 from pipelines.job import Command, JobConfig, load
 from pipelines.lease import Lease, LeaseLost
 from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
 from pipelines.report import build_report, to_html, to_json
-from pipelines.requests import Requests
-from pipelines.results import check_names
+from pipelines.requests import Requests, per_row_parameters
 from pipelines.row_values import RowError
 from pipelines.rows import Engine
 from pipelines.stop import GO_ON, Stopped, StopSignals
@@ -69,6 +69,7 @@ class Job(NamedTuple):
     dataset: Dataset
     identity: Identity
     schema: pa.Schema
+    columns: OutputColumns
     shards: list[Shard]
     owner: JobFile | None  # the job's mark in the output directory; None where this is its first start
 
@@ -140,11 +141,13 @@ def check(config: JobConfig, output: OutputDirectory) -> Job:
                 f"output {config.output!r} belongs to another job: {differing[0]}{more}; "
                 "give a new output directory, or the settings it was begun with"
             )
-        return Job(config, dataset, now, owner.schema, output.shards(), owner)
+        columns = output_columns(config, per_row_parameters(config, owner.schema))
+        return Job(config, dataset, now, owner.schema, columns, output.shards(), owner)
     schema, facts = measure(dataset)
     Requests(config, schema)
-    check_names(output_schema(schema, config.columns.keep).names, config.columns)
-    return Job(config, dataset, now, schema, make_shards(config, dataset.files, facts), None)
+    columns = output_columns(config, per_row_parameters(config, schema))
+    check_names(output_schema(schema, config.columns.keep).names, columns)
+    return Job(config, dataset, now, schema, columns, make_shards(config, dataset.files, facts), None)
 
 
 def _check_apart(config: JobConfig, dataset: Dataset, output: OutputDirectory) -> None:
@@ -162,7 +165,7 @@ def _check_apart(config: JobConfig, dataset: Dataset, output: OutputDirectory) -
 
 def _check_model(job: Job) -> tuple[Requests, PreTrainedTokenizerBase]:
     """Refuse a model that no engine could load, or that cannot take the prompts. Imports torch, so it comes after what is cheaper."""
-    from nanovllm.preflight import check_model
+    from nanovllm.preflight import check_model, check_sampling
     from nanovllm.utils.tokenizer import load_tokenizer
 
     config = job.config
@@ -176,6 +179,7 @@ def _check_model(job: Job) -> tuple[Requests, PreTrainedTokenizerBase]:
             f"sampling.max_tokens={config.sampling.max_tokens} leaves no room for a prompt in {longest} tokens, to which "
             f"prompt.too_long={config.prompt.too_long} would cut it; lower it or raise engine.max_model_len"
         )
+    check_sampling(config.engine, config.sampling, model, tokenizer)
     requests = Requests(config, job.schema, config.run.seed)
     requests.attach(tokenizer, config.model)
     return requests, tokenizer
@@ -188,7 +192,7 @@ def _show_plan(job: Job, ready: tuple[Requests, PreTrainedTokenizerBase]) -> Non
     print(f"input    {rows:,} rows in {len(job.dataset.files):,} {job.dataset.format} files")
     print(f"output   {len(job.shards):,} files of up to {max(shard.rows for shard in job.shards):,} rows")
     kept = output_schema(job.schema, job.config.columns.keep)
-    print(f"columns  {', '.join(f'{field.name} {field.type}' for field in kept)}")
+    print(f"columns  {', '.join(f'{field.name} {field.type}' for field in (*kept, *job.columns.schema))}")
     first = job.shards[0]
     wanted = first.row_range._replace(rows=min(3, first.rows)) if job.dataset.format == "parquet" else first.row_range
     columns = pa.schema([job.schema.field(name) for name in requests.columns])
@@ -549,7 +553,7 @@ class Run:
             retrying(lambda: self._output.put_run("report.json", to_json(report)), retries)
             retrying(lambda: self._output.put_run("report.html", to_html(report)), retries)
             if not self._failures:
-                self._output.finish(self._job.shards, self._confirm, retries)
+                self._output.finish(self._job.shards, self._confirm, retries, self._job.columns.rows_each)
         except OSError as error:
             raise JobFailed(f"the job could not be finished: {_one_line(error)}; {MEND}") from None
         if self._failures:
@@ -585,11 +589,11 @@ class Run:
         for payload in read_records(self._output.ledger()):
             for index, counts in json.loads(payload):
                 recorded[index] = Counts.from_dict(counts)
-        prefix = self._config.columns.prefix
+        columns = self._job.columns
         total = Counts()
         for index in sorted(self._output.committed()):
             if index not in recorded:
-                recorded[index] = count_rows(self._output.read_part(index, [prefix + name for name in COUNTED]), prefix)
+                recorded[index] = count_rows(self._output.read_part(index, counted(columns)), columns)
             total.add(recorded[index])
         return total
 
@@ -632,7 +636,8 @@ def _show_demo(output: OutputDirectory, config: JobConfig, shards: Sequence[Shar
     shown: list[tuple[str, str, str]] = []
     for shard in shards:
         table = output.read_part(shard.index, [prompt, generated, "answer"])
-        for question, text, answer in zip(*(column.to_pylist() for column in table.columns), strict=True):
+        for question, texts, answer in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            text = texts[0] if isinstance(texts, list) else texts  # of several samples the first
             rows += 1
             right += (text or "").strip() == answer.strip()
             if len(shown) < 8 and rows % 7 == 1:

@@ -93,6 +93,11 @@ class ColumnsConfig(_Section):
     keep: list[str] | None = Field(
         default=None, description="Input columns to carry into the output; all where not given."
     )
+    samples: Literal["list", "rows"] = Field(
+        default="list",
+        description="With sampling.n above 1: list makes the columns of a sample lists of n values; rows makes n rows of each "
+        "input row, with sample_index from 0 and the input columns repeated.",
+    )
     num_cached_tokens: bool = Field(
         default=False,
         description="Add num_cached_tokens. It tells what one attempt reused, so with it a resumed job's files differ.",
@@ -219,7 +224,6 @@ def build(data: Mapping[str, Any]) -> JobConfig:
     problem = config.sampling.problem()
     if problem is not None:
         raise UserError(f"job config sampling.{problem}")
-    check_written(config.sampling)
     check_prompt(config.prompt, config.format)
     for name in ("model", "input", "output"):
         if not getattr(config, name):
@@ -278,23 +282,6 @@ def check_prompt(prompt: PromptConfig, input_format: str = "auto") -> None:
         if not prompt.uses_chat and getattr(prompt, name) != getattr(PromptConfig(), name):
             raise UserError(
                 f"prompt.{name} is for chats, and this prompt is plain text; set prompt.chat=true, or leave it out"
-            )
-
-
-def check_written(sampling: SamplingParams) -> None:
-    """Refuse options whose results no column holds.
-
-    Raises:
-        UserError: naming the option.
-    """
-    for name, value, off in (
-        ("n", sampling.n, 1),
-        ("logprobs", sampling.logprobs, None),
-        ("prompt_logprobs", sampling.prompt_logprobs, None),
-    ):
-        if value != off:
-            raise UserError(
-                f"sampling {name}={value!r}: its results have no column yet; leave it out, or use LLM.generate"
             )
 
 

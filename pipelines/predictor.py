@@ -12,17 +12,19 @@ import inspect
 import os
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import numpy as np
 import pyarrow as pa
 from ray.data.block import BlockAccessor
 
 from nanovllm import AsyncLLM, EngineConfig, EngineDeadError, SamplingParams, UserError
+from nanovllm.preflight import check_sampling
 from nanovllm.utils.validation import parse, suggest
-from pipelines.job import ColumnsConfig, PromptConfig, TooLong, check_prompt, check_written, read_prompt_files
-from pipelines.requests import Requests, row_seed
-from pipelines.results import RowResult, check_names, result_table
+from pipelines.columns import OutputColumns, check_names, choose_columns
+from pipelines.job import ColumnsConfig, PromptConfig, TooLong, check_prompt, read_prompt_files
+from pipelines.requests import Requests, per_row_parameters, row_seed
+from pipelines.results import RowResult
 from pipelines.row_values import OBJECTS, column_values, plain
 from pipelines.rows import RowPath
 
@@ -57,6 +59,7 @@ class NanoVLLMPredictor:
         too_long: TooLong | None = None,
         output_prefix: str = "",
         num_cached_tokens: bool = False,
+        samples: Literal["list", "rows"] = "list",
         **engine_options: Any,
     ) -> None:
         """Load the engine.
@@ -73,28 +76,31 @@ class NanoVLLMPredictor:
             too_long: what becomes of a prompt that does not fit: "error" (the default), "truncate_left" or "truncate_right".
             output_prefix: put before the names of the generated columns.
             num_cached_tokens: add that column.
+            samples: with `n` above 1, "list" makes the columns of a sample lists of n values, "rows" makes n rows of each.
             engine_options: fields of `EngineConfig`, for example `max_model_len` or `dtype`.
 
         Raises:
-            UserError: an unknown option, a value out of range, or a model that cannot be loaded.
+            UserError: an unknown option, a value out of range, a structured output that cannot be compiled, or a model that
+                cannot be loaded.
         """
         unknown = set(engine_options) - set(EngineConfig.model_fields)
         if unknown:
             own = set(inspect.signature(NanoVLLMPredictor).parameters) - {"model", "engine_options"}
             name = min(unknown)
             raise UserError(f"unknown option {name!r}: {suggest(name, own | set(EngineConfig.model_fields))}")
-        EngineConfig.create(model, **engine_options)
+        engine = EngineConfig.create(model, **engine_options)
         self._settings = _Settings(
             _prompt(prompt, prompt_column, too_long),
             _sampling_params(sampling_params),
             sampling_columns or {},
             sampling_column,
         )
-        columns = {"prefix": output_prefix, "num_cached_tokens": num_cached_tokens}
+        columns = {"prefix": output_prefix, "num_cached_tokens": num_cached_tokens, "samples": samples}
         self._columns = parse(ColumnsConfig, columns, "option")
+        self._config = engine
         self._seed = self._settings.sampling.seed or 0
-        self._requests: dict[pa.Schema, Requests] = {}
-        self._model = model
+        self._inputs: dict[pa.Schema, tuple[Requests, OutputColumns]] = {}
+        check_sampling(engine, self._settings.sampling)
         self._engine = AsyncLLM(model, **engine_options)
         self._rows = RowPath(self._engine, self._settings.prompt.too_long)
 
@@ -110,9 +116,9 @@ class NanoVLLMPredictor:
             UserError: a column that is read is missing, or a generated column has the name of an input column.
         """
         table = batch if isinstance(batch, pa.Table) else BlockAccessor.batch_to_arrow_block(batch)
-        check_names(table.column_names, self._columns)
         objects = _objects(batch, table)
-        requests = self._requests_for(table.schema, frozenset(objects))
+        schema = pa.schema([f.with_type(OBJECTS) if f.name in objects else f for f in table.schema])
+        requests, columns = self._for_input(schema)
         read = {name: objects[name] if name in objects else column_values(table[name]) for name in requests.columns}
         rows = requests.rows_of(read)
         seeds = [row_seed(self._seed, requests.key(row)) for row in rows]
@@ -122,19 +128,18 @@ class NanoVLLMPredictor:
         except EngineDeadError as error:
             print(f"the engine died: {error}", file=sys.stderr, flush=True)
             os._exit(ENGINE_DIED)
-        generated = result_table([results[row] for row in range(len(rows))], self._columns)
-        for name in generated.column_names:
-            table = table.append_column(generated.schema.field(name), generated[name])
-        return table
+        return columns.extend(table, [results[row] for row in range(len(rows))])
 
-    def _requests_for(self, schema: pa.Schema, objects: frozenset[str]) -> Requests:
-        """Made once for each schema; batches nearly always have one."""
-        schema = pa.schema([f.with_type(OBJECTS) if f.name in objects else f for f in schema])
-        if schema not in self._requests:
+    def _for_input(self, schema: pa.Schema) -> tuple[Requests, OutputColumns]:
+        """What depends on the input's columns, made once for each schema; batches nearly always have one."""
+        if schema not in self._inputs:
+            per_row = per_row_parameters(self._settings, schema)
+            columns = choose_columns(self._columns, self._settings.sampling, self._config.reasoning, per_row)
+            check_names(schema.names, columns)
             requests = Requests(self._settings, schema, self._seed)
-            requests.attach(self._engine.tokenizer, self._model)
-            self._requests[schema] = requests
-        return self._requests[schema]
+            requests.attach(self._engine.tokenizer, self._config.model)
+            self._inputs[schema] = requests, columns
+        return self._inputs[schema]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,5 +194,4 @@ def _sampling_params(given: SamplingParams | Mapping[str, Any] | None) -> Sampli
     problem = sampling.problem()
     if problem is not None:
         raise UserError(f"sampling_params: {problem}")
-    check_written(sampling)
     return sampling

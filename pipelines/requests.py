@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 Row = Mapping[str, object]
 
 PARAMETERS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
-# How many columns the output has, and which, is the same for all rows: no row can ask for more samples than others.
-ROW_PARAMETERS = PARAMETERS - {"n", "prompt_logprobs"}
-_WHOLE_NUMBERS = {"max_tokens", "min_tokens", "top_k", "seed", "logprobs", "thinking_budget"}
+# The output's columns are the same for all rows: none can ask for more samples than others.
+ROW_PARAMETERS = PARAMETERS - {"n"}
+_WHOLE_NUMBERS = {"max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "thinking_budget"}
 
 
 class RequestSettings(Protocol):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from nanovllm.engine.llm_engine import EngineStats
 
-ROW_PATH_VERSION = 1
+ROW_PATH_VERSION = 2
 
 SUBMIT_ROWS = 64  # rows tokenized in one turn on the tokenizer thread
 

@@ -26,15 +26,16 @@ from ray.actor import ActorHandle
 
 from nanovllm import AsyncLLM, EngineDeadError, RequestOutput, UserError
 from pipelines.attempts import AttemptLog, Diagnosis, diagnose, groups
+from pipelines.columns import output_columns
 from pipelines.commit import Journal, OutputDirectory, output_schema, read_journal, retrying
-from pipelines.counts import COUNTED, Counts, count_rows
+from pipelines.counts import Counts, count_rows, counted
 from pipelines.inputs import Format, read_rows
 from pipelines.job import JobConfig, build
 from pipelines.plan import SHARD_SCHEMA, Shard
 from pipelines.processes import born
 from pipelines.progress import WorkerState
-from pipelines.requests import Requests, row_seed
-from pipelines.results import RowResult, failed_row, result_table
+from pipelines.requests import Requests, per_row_parameters, row_seed
+from pipelines.results import RowResult, failed_row
 from pipelines.rows import Engine, RowPath
 from pipelines.storage import Location
 
@@ -146,6 +147,7 @@ class ShardWorker:
             )
         kept = output_schema(task.schema, self._config.columns.keep)
         self._kept = kept.names
+        self._columns = output_columns(self._config, per_row_parameters(self._config, task.schema))
         self._requests = Requests(self._config, task.schema, self._config.run.seed)
         read = [name for name in self._requests.columns if name not in kept.names]
         self._schema = pa.schema([*kept, *(task.schema.field(name) for name in read)])
@@ -265,11 +267,10 @@ class ShardWorker:
 
     def _earlier(self, shard: Shard) -> Counts | None:
         """Counts of a shard that an attempt committed before its actor died; None where none did."""
-        if self._output.part_rows(shard.index) != shard.rows:
+        if self._output.part_rows(shard.index) != shard.rows * self._columns.rows_each:
             return None
         self._output.forget(shard.index)
-        prefix = self._config.columns.prefix
-        return count_rows(self._output.read_part(shard.index, [prefix + name for name in COUNTED]), prefix)
+        return count_rows(self._output.read_part(shard.index, counted(self._columns)), self._columns)
 
     def _read(self, shard: Shard) -> pa.Table:
         place = self._task.root.child(shard.file)
@@ -287,13 +288,9 @@ class ShardWorker:
         return retrying(lambda: ask(*arguments), self._config.run.write_retries)
 
     def _commit(self, shard: Shard, table: pa.Table, results: list[RowResult]) -> Counts:
-        columns = self._config.columns
-        generated = result_table(results, columns)
-        whole = table.select(self._kept)
-        for name in generated.column_names:
-            whole = whole.append_column(generated.schema.field(name), generated[name])
+        whole = self._columns.extend(table.select(self._kept), results)
         retrying(lambda: self._output.commit(shard.index, whole), self._config.run.write_retries)
-        return count_rows(generated, columns.prefix)
+        return count_rows(whole, self._columns)
 
     async def _off_loop(self, work: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._io, work, *arguments)

@@ -122,10 +122,13 @@ class OutputProcessor:
     def _logprobs(
         self, own: list[tuple[int, float, int]], top_ids: list[int], top_logprobs: list[float]
     ) -> TokenLogprobs:
-        """The likeliest tokens of a position, and the one that is there, as (id, log-probability, rank)."""
+        """Of a position the token that is there, which comes first, and the likeliest ones, as (id, log-probability, rank)."""
         entries = [*own, *((i, p, rank) for rank, (i, p) in enumerate(zip(top_ids, top_logprobs, strict=True), 1))]
         texts = {} if self.tokenizer is None else {i: self.tokenizer.decode([i]) for i, _, _ in entries}
-        return {i: Logprob(p, rank, texts.get(i)) for i, p, rank in reversed(entries)}
+        found: TokenLogprobs = {}
+        for i, p, rank in entries:
+            found.setdefault(i, Logprob(p, rank, texts.get(i)))
+        return found
 
     def forget(self, seq: Sequence) -> None:
         """Drop what is kept for a sequence that ended without an output."""

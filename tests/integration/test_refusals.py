@@ -214,6 +214,37 @@ def _(place: Place) -> list[str]:
     return place.arguments()
 
 
+@case("a schema that cannot be compiled", "structured_outputs json cannot be compiled", "uniqueItems")
+def _(place: Place) -> list[str]:
+    return place.arguments("sampling.structured_outputs={json: {type: array, uniqueItems: true}}")
+
+
+@case("a schema that cannot be compiled, before a dry run", "structured_outputs regex cannot be compiled")
+def _(place: Place) -> list[str]:
+    return place.arguments('sampling.structured_outputs={regex: "(?<=a)b"}', "--dry-run")
+
+
+@case("a grammar that is none", "structured_outputs grammar cannot be compiled")
+def _(place: Place) -> list[str]:
+    return place.arguments('sampling.structured_outputs={grammar: "start: NOWHERE"}')
+
+
+@case("labels that cannot be told apart", "labels", "none of them twice")
+def _(place: Place) -> list[str]:
+    return place.arguments("sampling.labels=[a, a]")
+
+
+@case("a token that the model lacks", "allowed_token_ids holds 99999", "not a token id of this model")
+def _(place: Place) -> list[str]:
+    return place.arguments("sampling.allowed_token_ids=[99999]")
+
+
+@case("a column of labels whose name is taken", "already has a column 'label'", "columns.prefix")
+def _(place: Place) -> list[str]:
+    place.write("a.parquet", {"prompt": ["a"], "label": ["b"]})
+    return place.arguments("sampling.labels=[a, b]")
+
+
 @case("no tokenizer", "no tokenizer", "tokenizer.json")
 def _(place: Place) -> list[str]:
     (place.model / "tokenizer.json").unlink()

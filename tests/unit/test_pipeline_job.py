@@ -102,9 +102,3 @@ def test_broken_job_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load(["--config", str(tmp_path / "job.yaml")])
     assert "\n" not in str(caught.value)
-
-
-def test_options_without_a_column_are_refused() -> None:
-    for name, value in (("n", 2), ("logprobs", 0), ("prompt_logprobs", 1)):
-        with pytest.raises(UserError, match=f"{name}={value}.*no column"):
-            build({"model": "m", "input": "i", "output": "o", "sampling": {"temperature": 1.0, name: value}})

@@ -308,7 +308,7 @@ def test_what_rows_may_set_is_known_from_the_schema() -> None:
     schema = pa.schema(
         [("prompt", pa.string()), ("p", pa.struct([("top_k", pa.int8())])), ("m", pa.int8()), ("j", pa.string())]
     )
-    everything = {field.name for field in dataclasses.fields(SamplingParams)} - {"n", "prompt_logprobs"}
+    everything = {field.name for field in dataclasses.fields(SamplingParams)} - {"n"}
     assert per_row_parameters(job(), schema) == frozenset()
     named = job(sampling_column="p", sampling_columns={"max_tokens": "m"})
     assert per_row_parameters(named, schema) == {"top_k", "max_tokens"}

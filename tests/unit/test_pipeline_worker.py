@@ -22,7 +22,7 @@ from pipelines.inputs import list_dataset, measure
 from pipelines.job import JobConfig, build
 from pipelines.plan import SHARD_SCHEMA, Shard, cut
 from pipelines.requests import row_seed
-from pipelines.results import RowResult
+from pipelines.results import RowResult, Sample
 from pipelines.worker import ENGINE_DIED, ShardWorker, Task
 
 ROWS = 12
@@ -128,7 +128,7 @@ def test_journalled_rows_are_not_generated_again(bench: Bench) -> None:
     shard = bench.shards[1]
     journal = Journal(bench.output.journal(shard.index))
     for position in (0, 3):
-        journal.add(position, RowResult(f"kept {position}", "length", 3, 2, 0, None))
+        journal.add(position, RowResult((Sample(f"kept {position}", "length", 2),), 3, 0, None))
     journal.flush()
     worker, engine = bench.worker()
     result = bench.work(worker, shard)
