@@ -3,6 +3,7 @@
 Workers journal and commit through `OutputDirectory`; the driver creates it, asks it what is left to do, and finishes it.
 
     OUT/part-00000.parquet ...   committed shards, one file each, named by the plan
+    OUT/_results.jsonl           answers to requests, where the input is of OpenAI's batch format; see `batch_results`
     OUT/_SUCCESS                 every shard is there and the row counts add up
     OUT/_run/                    job.json, plan.parquet, input.parquet, config.yaml, report.json, report.html
     OUT/_run/journal/<shard>/    finished rows of shards in flight, one file an attempt; <shard>.attempts: see `attempts`
@@ -20,7 +21,7 @@ import struct
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -278,6 +279,10 @@ class OutputDirectory:
         """Write a file of `_run/`."""
         put(self.run.child(name), data, self._scratch)
 
+    def put_top(self, name: str, pieces: Iterable[bytes]) -> None:
+        """Write a file beside the shards, piece by piece."""
+        put(self.place.child(name), pieces, self._scratch)
+
     def ledger(self) -> Location:
         """Where drivers record what committed shards counted."""
         return self.run.child("ledger")
@@ -323,6 +328,11 @@ class OutputDirectory:
     def part(self, index: int) -> Location:
         """The file of a shard."""
         return self.place.child(f"part-{index:05d}.parquet")
+
+    def committed_at(self, index: int) -> int:
+        """Seconds since 1970 at which a shard's file was written; 0 where the store does not say."""
+        place = self.part(index)
+        return (place.fs.get_file_info(place.path).mtime_ns or 0) // 1_000_000_000
 
     def part_rows(self, index: int) -> int | None:
         """Rows in a shard's file, from its footer; None where there is no file."""

@@ -27,6 +27,8 @@ import pyarrow as pa
 
 from cluster.placement import Placement, local_gpus, place
 from nanovllm import SamplingParams, UserError
+from pipelines.batch_results import NAME as RESULTS
+from pipelines.batch_results import BatchResults
 from pipelines.columns import OutputColumns, check_names, output_columns
 from pipelines.commit import JobFile, OutputDirectory, RecordLog, backoff_s, output_schema, read_records, retrying
 from pipelines.counts import Counts, count_rows, counted
@@ -385,6 +387,7 @@ class Run:
         self._failures: dict[str, str] = {}
         self._reused_rows = 0
         self._results: list[dict[str, Any]] = []
+        self._answers: BatchResults | None = None
 
     def execute(self, pending: Sequence[Shard], stop: StopSignals) -> None:
         """Run the pending shards on the pool.
@@ -553,6 +556,7 @@ class Run:
             retrying(lambda: self._output.put_run("report.json", to_json(report)), retries)
             retrying(lambda: self._output.put_run("report.html", to_html(report)), retries)
             if not self._failures:
+                self._answer()
                 self._output.finish(self._job.shards, self._confirm, retries, self._job.columns.rows_each)
         except OSError as error:
             raise JobFailed(f"the job could not be finished: {_one_line(error)}; {MEND}") from None
@@ -568,7 +572,30 @@ class Run:
             f"finished: {counts.rows:,} rows ({counts.error_rows:,} with an error), {counts.input_tokens:,} tokens in, "
             f"{counts.generated_tokens:,} out, {duration(seconds)}{rate}"
         )
+        if self._answers is not None:
+            self._say_answers(self._answers)
         print(f"output   {self._config.output}\nreport   {self._output.run.child('report.html').path}", flush=True)
+
+    def _answer(self) -> None:
+        """Write the answers to the requests of a batch, where the input is one.
+
+        Raises:
+            OSError: a shard cannot be read, or the file not written.
+        """
+        if self._config.format != "openai_batch":
+            return
+        model = self._config.model.rstrip("/").rpartition("/")[2]
+        answers = BatchResults(self._output, self._job.shards, self._job.columns, model)
+        retrying(lambda: self._output.put_top(RESULTS, answers.lines()), self._config.run.write_retries)
+        self._answers = answers
+
+    def _say_answers(self, answers: BatchResults) -> None:
+        repeated, custom_id = answers.repeated()
+        if repeated:
+            print(
+                f"warning: {repeated:,} requests have the custom_id of an earlier one, the first of them {custom_id!r}"
+            )
+        print(f"answers  {self._output.place.child(RESULTS).path}")
 
     def _confirm(self) -> None:
         """See that the output is this start's, before what only its holder may write.

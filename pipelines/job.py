@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from nanovllm import EngineConfig, SamplingParams, UserError
 from nanovllm.utils.chat import check_template_variables
 from nanovllm.utils.validation import parse, suggest
-from pipelines.inputs import Format
+from pipelines.inputs import BATCH_SCHEMA, Format
 from pipelines.storage import absolute
 
 TooLong = Literal["error", "truncate_left", "truncate_right"]
@@ -221,6 +221,8 @@ def build(data: Mapping[str, Any]) -> JobConfig:
     if isinstance(values.get("prompt"), Mapping):
         values["prompt"] = read_prompt_files(values["prompt"])
     config = parse(JobConfig, {key: value for key, value in values.items() if value is not None}, "job config")
+    if config.format == "openai_batch":
+        config = _for_batch(config, isinstance(sampling, Mapping) and "max_tokens" in sampling)
     problem = config.sampling.problem()
     if problem is not None:
         raise UserError(f"job config sampling.{problem}")
@@ -229,6 +231,23 @@ def build(data: Mapping[str, Any]) -> JobConfig:
         if not getattr(config, name):
             raise UserError(f"job config {name!r} is empty; give it a path")
     return config
+
+
+def _for_batch(config: JobConfig, max_tokens_given: bool) -> JobConfig:
+    """The configuration of a job over requests of OpenAI's batch API: they may go on to the end of the model.
+
+    Raises:
+        UserError: answers need columns that are not kept.
+    """
+    missing = [name for name in BATCH_SCHEMA.names if name not in (config.columns.keep or BATCH_SCHEMA.names)]
+    if missing:
+        raise UserError(
+            f"columns.keep lacks {missing[0]!r}, which answers are made of with format=openai_batch; add it"
+        )
+    if max_tokens_given:
+        return config
+    sampling = dataclasses.replace(config.sampling, max_tokens=config.engine.max_model_len)
+    return config.model_copy(update={"sampling": sampling})
 
 
 def read_prompt_files(prompt: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,7 +280,8 @@ def check_prompt(prompt: PromptConfig, input_format: str = "auto") -> None:
     """
     if input_format == "openai_batch":
         allowed = {"chat_template", "chat_template_kwargs", "too_long"}
-        given = [name for name, value in prompt if value != getattr(PromptConfig(), name) and name not in allowed]
+        usual = PromptConfig()
+        given = [name for name, value in prompt if name not in allowed and value not in (None, getattr(usual, name))]
         if given:
             raise UserError(
                 f"prompt.{given[0]} has no meaning with format=openai_batch: prompts are in the requests' bodies; leave it out"

@@ -120,7 +120,8 @@ class RowPath:
         except Exception as error:  # tokenizers raise many kinds; each is about this one text
             message = f"prompt cannot be tokenized: {' '.join(str(error).split())}"
         failed: Future[RequestOutput] = Future()
-        failed.set_result(error_output(message))
+        # Messages quote rows, and rows of JSON may hold half a surrogate pair, which no column does.
+        failed.set_result(error_output(message.encode("utf-8", "replace").decode()))
         return failed
 
     def _fit(self, token_ids: list[int], params: SamplingParams) -> list[int]:

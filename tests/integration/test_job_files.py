@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from pipelines.job import load
 from tests.integration.jobs import REPOSITORY, report, run, table_of
@@ -34,6 +35,7 @@ def check(check_output: Check) -> Check:
 @check
 def generate(output: Path) -> None:
     table = table_of(output)
+    assert table["id"].equals(PROMPTS["id"])
     assert table.schema.names[-5:] == [
         "generated_text",
         "finish_reason",
@@ -48,6 +50,7 @@ def generate(output: Path) -> None:
 @check
 def classify(output: Path) -> None:
     table = table_of(output)
+    assert table["id"].equals(PROMPTS["id"])
     assert table.schema.names[:2] == ["id", "prompt"]
     assert table.schema.names[-3:] == ["label", "label_logprob", "label_probs"]
     assert table["label_probs"].type == pa.struct([(name, pa.float64()) for name in ("19", "20", "invalid")])
@@ -72,6 +75,7 @@ def classify(output: Path) -> None:
 @check
 def extract_json(output: Path) -> None:
     table = table_of(output)
+    assert table["id"].equals(PROMPTS["id"])
     schema = yaml.safe_load((JOBS / "extract_json.yaml").read_text())["sampling"]["structured_outputs"]["json"]
     values = [json.loads(text) for text in table["parsed"].to_pylist()]
     for value in values:
@@ -81,6 +85,37 @@ def extract_json(output: Path) -> None:
     assert set(table["finish_reason"].to_pylist()) == {"stop"}
     right = sum(value["iso"] == answer for value, answer in zip(values, ANSWERS, strict=True))
     assert right >= 0.7 * len(ANSWERS)
+
+
+@check
+def chat(output: Path) -> None:
+    table = table_of(output)
+    assert table["id"].to_pylist() == list(range(0, 3000, 10))
+    assert table["generated_text"].to_pylist() == table["answer"].to_pylist() == ANSWERS[::10]
+    # The template of the file is the form that the model learnt: 9 tokens of ChatML around the bundled prompts.
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "pipelines" / "demo" / "model")
+    plain = [len(tokenizer.encode(prompt)) for prompt in PROMPTS["prompt"].to_pylist()[::10]]
+    assert {chat - text for chat, text in zip(table["num_input_tokens"].to_pylist(), plain, strict=True)} == {17}
+
+
+@check
+def openai_batch(output: Path) -> None:
+    requests = [json.loads(line) for line in (REPOSITORY / "pipelines/demo/requests.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (output / "_results.jsonl").read_text().splitlines()]
+    assert [answer["custom_id"] for answer in answers] == [request["custom_id"] for request in requests]
+    texts = []
+    for request, answer in zip(requests, answers, strict=True):
+        assert answer["error"] is None
+        assert answer["response"]["status_code"] == 200
+        body = answer["response"]["body"]
+        (choice,) = body["choices"]
+        chat = request["url"] == "/v1/chat/completions"
+        assert body["object"] == ("chat.completion" if chat else "text_completion")
+        assert (body["model"], choice["index"], choice["finish_reason"]) == ("demo", 0, "stop")
+        texts.append(choice["message"]["content"] if chat else choice["text"])
+    right = sum(text == answer for text, answer in zip(texts, ANSWERS[::20], strict=True))
+    assert right >= 0.99 * len(texts)
+    assert table_of(output)["custom_id"].to_pylist() == [request["custom_id"] for request in requests]
 
 
 def test_every_job_file_is_tried() -> None:
@@ -95,6 +130,5 @@ def test_it_runs_as_it_stands(name: str, tmp_path: Path) -> None:
     done = run(["--config", config, "--output", str(tmp_path / "out")], REPOSITORY)
     assert done.returncode == 0
     table = table_of(tmp_path / "out")
-    assert table["id"].equals(PROMPTS["id"])
     assert table["error"].null_count == table.num_rows
     CHECKS[name](tmp_path / "out")
