@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from nanovllm import EngineConfig, SamplingParams, UserError
 from nanovllm.utils.validation import parse, suggest
+from pipelines.dedupe import check_dedupe
 from pipelines.storage import absolute
 
 TooLong = Literal["error", "truncate_left", "truncate_right"]
@@ -79,6 +80,11 @@ class RunConfig(_Section):
 
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="With the row's file and position it decides the row's sampling."
+    )
+    dedupe: bool = Field(
+        default=False,
+        description="Generate equal rows (prompt and parameters) of a greedy job once for each engine and copy the result. An "
+        "engine remembers the last 128 MiB of results.",
     )
     replicas: Annotated[Literal["auto"] | tuple[int, int], BeforeValidator(_replicas)] = Field(
         default="auto",
@@ -164,6 +170,8 @@ def build(data: Mapping[str, Any]) -> JobConfig:
     problem = config.sampling.problem()
     if problem is not None:
         raise UserError(f"job config sampling.{problem}")
+    if config.run.dedupe:
+        check_dedupe("run.dedupe", config.sampling)
     for name in ("model", "input", "output"):
         if not getattr(config, name):
             raise UserError(f"job config {name!r} is empty; give it a path")

@@ -8,6 +8,7 @@ ds = ray.data.read_parquet(path).map_batches(
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import sys
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from nanovllm import AsyncLLM, EngineConfig, EngineDeadError, SamplingParams, Us
 from nanovllm.preflight import check_sampling
 from nanovllm.utils.validation import parse, suggest
 from pipelines.columns import check_names, choose_columns
+from pipelines.dedupe import Deduplicated, check_dedupe
 from pipelines.job import ColumnsConfig, PromptConfig, TooLong
 from pipelines.results import RowResult
 from pipelines.rows import RowPath, row_seed
@@ -54,6 +56,7 @@ class NanoVLLMPredictor:
         output_prefix: str = "",
         num_cached_tokens: bool = False,
         samples: Literal["list", "rows"] = "list",
+        dedupe: bool = False,
         **engine_options: Any,
     ) -> None:
         """Load the engine.
@@ -66,6 +69,7 @@ class NanoVLLMPredictor:
             output_prefix: put before the names of the generated columns.
             num_cached_tokens: add that column.
             samples: with `n` above 1, "list" makes the columns of a sample lists of n values, "rows" makes n rows of each.
+            dedupe: generate equal rows once; for temperature 0 or labels.
             engine_options: fields of `EngineConfig`, for example `max_model_len` or `dtype`.
 
         Raises:
@@ -74,7 +78,7 @@ class NanoVLLMPredictor:
         """
         unknown = set(engine_options) - set(EngineConfig.model_fields)
         if unknown:
-            own = {"sampling_params", "prompt_column", "too_long", "output_prefix", "num_cached_tokens", "samples"}
+            own = set(inspect.signature(NanoVLLMPredictor).parameters) - {"engine_options"}
             name = min(unknown)
             raise UserError(f"unknown option {name!r}: {suggest(name, own | set(EngineConfig.model_fields))}")
         engine = EngineConfig.create(model, **engine_options)
@@ -83,9 +87,12 @@ class NanoVLLMPredictor:
         columns = {"prefix": output_prefix, "num_cached_tokens": num_cached_tokens, "samples": samples}
         self._columns = choose_columns(parse(ColumnsConfig, columns, "option"), sampling, engine.reasoning)
         self._seed = sampling.seed or 0
+        if dedupe:
+            check_dedupe("dedupe", sampling)
         check_sampling(engine, sampling)
         self._engine = AsyncLLM(model, **engine_options)
-        self._rows = RowPath(self._engine, self._prompt, sampling)
+        requests = Deduplicated(self._engine) if dedupe else self._engine
+        self._rows = RowPath(requests, self._prompt, sampling)
 
     def __del__(self) -> None:
         """Free the engine when Ray lets go of the actor."""
