@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ import pytest
 from tests.counting import computed
 from tests.integration.jobs import (
     COUNTED,
+    REPOSITORY,
     SLOW,
     end,
+    environment,
     journalled_rows,
     kill_everything,
     parts,
@@ -155,3 +160,61 @@ def test_equal_rows_are_generated_once(workplace: Path, repeated: Path, chat_mod
     assert left - generated - failed <= now["copied_rows"] <= left - generated
     assert f", {now['copied_rows']} copies)" in done.stdout
     assert report(shared)["generated_tokens"] == report(plain)["generated_tokens"] > now["generated_tokens"]
+
+
+PROGRAM = """
+import sys
+import ray
+from pipelines import NanoVLLMPredictor
+
+source, model, out = sys.argv[1:]
+ray.init(address="local", include_dashboard=False, logging_level="ERROR")
+
+def predict(name, sampling, **options):
+    arguments = {"model": model, "sampling_params": sampling, "kvcache_block_size": 16, **options}
+    ds = ray.data.read_parquet(source).map_batches(
+        NanoVLLMPredictor, fn_constructor_kwargs=arguments, batch_size=32, concurrency=1, num_cpus=0
+    )
+    ds.write_parquet(f"{out}/{name}")
+
+predict("labels", {"labels": ["quick", "brown", "quick fox"]}, dedupe=True)
+predict("rows", {"n": 2, "max_tokens": 6, "structured_outputs": {"regex": "[a-c]{2,4}"}}, samples="rows", output_prefix="x_")
+"""
+
+
+def test_the_predictor_gives_the_same_columns(repeated: Path, chat_model_dir: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(repeated), str(chat_model_dir), str(tmp_path)],
+        cwd=tmp_path,
+        env={**environment(), "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    labels = table_of(tmp_path / "labels").sort_by("id")
+    assert labels.schema.field("label_probs").type == pa.struct(
+        [(name, pa.float64()) for name in ("quick", "brown", "quick fox")]
+    )
+    assert labels.num_rows == 120
+    of_prompt: dict[str, Any] = {}
+    for row in labels.to_pylist():
+        assert (row["label"] is None) == (row["error"] is not None) == (row["prompt"] == "")
+        if row["label"] is not None:
+            assert max(row["label_probs"], key=row["label_probs"].__getitem__) == row["label"] == row["generated_text"]
+            assert abs(sum(row["label_probs"].values()) - 1) < 1e-9
+            assert of_prompt.setdefault(row["prompt"], row["label_probs"]) == row["label_probs"]  # computed once
+    assert len(of_prompt) == len(WORDS) - 1
+
+    rows = table_of(tmp_path / "rows").sort_by([("id", "ascending"), ("x_sample_index", "ascending")])
+    assert rows["id"].to_pylist() == np.repeat(np.arange(120), 2).tolist()
+    assert rows["x_sample_index"].to_pylist() == [0, 1] * 120
+    for row in rows.to_pylist():
+        if row["x_error"] is None:
+            assert row["x_finish_reason"] in ("stop", "length")
+            if row["x_finish_reason"] == "stop":
+                assert re.fullmatch("[a-c]{2,4}", row["x_parsed"])
+                assert row["x_parsed"] == row["x_generated_text"]
+    assert rows["x_parsed"].null_count < 120
