@@ -386,6 +386,7 @@ class Run:
         self._written_at = time.monotonic()
         self._failures: dict[str, str] = {}
         self._reused_rows = 0
+        self._copied_rows = 0
         self._results: list[dict[str, Any]] = []
         self._answers: BatchResults | None = None
 
@@ -482,6 +483,7 @@ class Run:
         self._lease.check()
         if result.status == "fatal":
             raise JobFailed(f"{result.reason}; {MEND}")
+        self._copied_rows += result.copied_rows
         if result.status == "apart":
             self._apart.append(shard)
             return
@@ -547,6 +549,7 @@ class Run:
             seconds=self._progress.seconds,
             resumed_rows=resumed_rows,
             reused_rows=self._reused_rows,
+            copied_rows=self._copied_rows,
             samples=self._progress.as_list(),
             shards=self._results[-1000:],
             failures=self._failures,
@@ -567,9 +570,10 @@ class Run:
                 "start again to try them again"
             )
         seconds = self._progress.seconds
+        copies = f", {self._copied_rows:,} copies" if self._config.run.dedupe else ""
         rate = f", {report['this_start']['generated_tokens'] / seconds:,.0f} tok/s" if seconds else ""
         print(
-            f"finished: {counts.rows:,} rows ({counts.error_rows:,} with an error), {counts.input_tokens:,} tokens in, "
+            f"finished: {counts.rows:,} rows ({counts.error_rows:,} with an error{copies}), {counts.input_tokens:,} tokens in, "
             f"{counts.generated_tokens:,} out, {duration(seconds)}{rate}"
         )
         if self._answers is not None:

@@ -17,11 +17,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from nanovllm import EngineConfig, SamplingParams, UserError
 from nanovllm.utils.chat import check_template_variables
 from nanovllm.utils.validation import parse, suggest
+from pipelines.dedupe import check_dedupe
 from pipelines.inputs import BATCH_SCHEMA, Format
 from pipelines.storage import absolute
 
 TooLong = Literal["error", "truncate_left", "truncate_right"]
-PROMPT_SOURCES = ("column", "messages", "template", "template_file")
 
 DEMO_DIRECTORY = Path(__file__).parent / "demo"
 DEMO_CONFIG = Path(__file__).parent / "jobs" / "generate.yaml"
@@ -36,9 +36,8 @@ class PromptConfig(_Section):
     """Where a row's prompt comes from: one of `column`, `messages` and `template`. See `pipelines.prompts`."""
 
     column: str | None = Field(
-        default=None,
-        description="Column that holds the prompt: a string, or a list of token ids. `prompt` where neither messages nor a "
-        "template is given.",
+        default="prompt",
+        description="Column that holds the prompt: a string, or a list of token ids. null where messages or a template are given.",
     )
     messages: str | None = Field(
         default=None,
@@ -75,10 +74,11 @@ class PromptConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_column(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and not any(values.get(name) is not None for name in PROMPT_SOURCES):
-            return {**values, "column": "prompt"}
-        return values
+    def _one_source(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("column") is not None:
+            return values
+        others = any(values.get(name) is not None for name in ("messages", "template", "template_file"))
+        return {**values, "column": None if others else "prompt"}
 
     @property
     def uses_chat(self) -> bool:
@@ -125,6 +125,11 @@ class RunConfig(_Section):
 
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="With the row's file and position it decides the row's sampling."
+    )
+    dedupe: bool = Field(
+        default=False,
+        description="Generate equal rows (prompt and parameters) of a greedy job once for each engine and copy the result. An "
+        "engine remembers the last 128 MiB of results.",
     )
     replicas: Annotated[Literal["auto"] | tuple[int, int], BeforeValidator(_replicas)] = Field(
         default="auto",
@@ -227,6 +232,8 @@ def build(data: Mapping[str, Any]) -> JobConfig:
     if problem is not None:
         raise UserError(f"job config sampling.{problem}")
     check_prompt(config.prompt, config.format)
+    if config.run.dedupe:
+        check_dedupe("run.dedupe", config.sampling)
     for name in ("model", "input", "output"):
         if not getattr(config, name):
             raise UserError(f"job config {name!r} is empty; give it a path")

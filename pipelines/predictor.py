@@ -22,6 +22,7 @@ from nanovllm import AsyncLLM, EngineConfig, EngineDeadError, SamplingParams, Us
 from nanovllm.preflight import check_sampling
 from nanovllm.utils.validation import parse, suggest
 from pipelines.columns import OutputColumns, check_names, choose_columns
+from pipelines.dedupe import Deduplicated, check_dedupe
 from pipelines.job import ColumnsConfig, PromptConfig, TooLong, check_prompt, read_prompt_files
 from pipelines.requests import Requests, per_row_parameters, row_seed
 from pipelines.results import RowResult
@@ -60,6 +61,7 @@ class NanoVLLMPredictor:
         output_prefix: str = "",
         num_cached_tokens: bool = False,
         samples: Literal["list", "rows"] = "list",
+        dedupe: bool = False,
         **engine_options: Any,
     ) -> None:
         """Load the engine.
@@ -77,6 +79,7 @@ class NanoVLLMPredictor:
             output_prefix: put before the names of the generated columns.
             num_cached_tokens: add that column.
             samples: with `n` above 1, "list" makes the columns of a sample lists of n values, "rows" makes n rows of each.
+            dedupe: generate equal rows once; for temperature 0 or labels.
             engine_options: fields of `EngineConfig`, for example `max_model_len` or `dtype`.
 
         Raises:
@@ -85,7 +88,7 @@ class NanoVLLMPredictor:
         """
         unknown = set(engine_options) - set(EngineConfig.model_fields)
         if unknown:
-            own = set(inspect.signature(NanoVLLMPredictor).parameters) - {"model", "engine_options"}
+            own = set(inspect.signature(NanoVLLMPredictor).parameters) - {"engine_options"}
             name = min(unknown)
             raise UserError(f"unknown option {name!r}: {suggest(name, own | set(EngineConfig.model_fields))}")
         engine = EngineConfig.create(model, **engine_options)
@@ -100,9 +103,11 @@ class NanoVLLMPredictor:
         self._config = engine
         self._seed = self._settings.sampling.seed or 0
         self._inputs: dict[pa.Schema, tuple[Requests, OutputColumns]] = {}
+        if dedupe:
+            check_dedupe("dedupe", self._settings.sampling)
         check_sampling(engine, self._settings.sampling)
         self._engine = AsyncLLM(model, **engine_options)
-        self._rows = RowPath(self._engine, self._settings.prompt.too_long)
+        self._rows = RowPath(Deduplicated(self._engine) if dedupe else self._engine, self._settings.prompt.too_long)
 
     def __del__(self) -> None:
         """Free the engine when Ray lets go of the actor."""

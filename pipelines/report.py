@@ -41,11 +41,12 @@ def build_report(
     seconds: float,
     resumed_rows: int,
     reused_rows: int,
+    copied_rows: int,
     samples: Sequence[Mapping[str, Any]],
     shards: Sequence[Mapping[str, Any]],
     failures: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The report as plain values. `seconds`, `samples`, `resumed_rows` and `reused_rows` are of this start of the job."""
+    """The report as plain values. `seconds`, `samples` and the `..._rows` but the total are of this start of the job."""
     new_tokens = samples[-1] if samples else {"input_tokens": 0, "generated_tokens": 0}
     return {
         "status": status,
@@ -64,6 +65,7 @@ def build_report(
             "seconds": round(seconds, 2),
             "resumed_rows": resumed_rows,
             "reused_rows": reused_rows,
+            "copied_rows": copied_rows,
             "input_tokens": new_tokens["input_tokens"],
             "generated_tokens": new_tokens["generated_tokens"],
             "samples": list(samples),
@@ -92,6 +94,7 @@ def to_html(report: Mapping[str, Any]) -> bytes:
         "tokens out": f"{report['generated_tokens']:,}",
         "this start took": duration(now["seconds"]),
         "rows from earlier starts": f"{now['resumed_rows']:,} committed, {now['reused_rows']:,} from journals",
+        **({"rows copied from equal ones": f"{now['copied_rows']:,}"} if now["copied_rows"] else {}),
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
     }
     samples = now["samples"]

@@ -25,10 +25,11 @@ import ray
 from ray.actor import ActorHandle
 
 from nanovllm import AsyncLLM, EngineDeadError, RequestOutput, UserError
-from pipelines.attempts import AttemptLog, Diagnosis, diagnose, groups
+from pipelines.attempts import AttemptLog, Diagnosis, diagnose, groups, spread
 from pipelines.columns import output_columns
 from pipelines.commit import Journal, OutputDirectory, output_schema, read_journal, retrying
 from pipelines.counts import Counts, count_rows, counted
+from pipelines.dedupe import Copy, Deduplicated
 from pipelines.inputs import Format, read_rows
 from pipelines.job import JobConfig, build
 from pipelines.plan import SHARD_SCHEMA, Shard
@@ -85,6 +86,7 @@ class ShardResult:
         gave_up: it failed because engines died on it again and again.
         counts: of all its rows, as `Counts.as_dict()`; None where it is not done.
         reused_rows: rows taken from the journal or from a file committed by an earlier attempt.
+        copied_rows: rows that this attempt did not generate, since it generated an equal one (`run.dedupe`).
         seconds: of this attempt.
         worker: host and process.
     """
@@ -95,6 +97,7 @@ class ShardResult:
     gave_up: bool
     counts: dict[str, Any] | None
     reused_rows: int
+    copied_rows: int
     seconds: float
     worker: str
 
@@ -107,11 +110,13 @@ class _Active:
         self.journal = journal
         self.attempt = attempt
         self.finished = finished
+        self.copied = 0
         self._futures: dict[int, Future[RequestOutput]] = {}
 
     def submitted(self, position: int, future: Future[RequestOutput]) -> None:
         """Note a row that the engine has."""
         self._futures[position] = future
+        self.copied += isinstance(future, Copy)
 
     def done(self, position: int, result: RowResult) -> None:
         """Note a row that is finished."""
@@ -157,7 +162,8 @@ class ShardWorker:
             self._config.model, **self._config.engine.model_dump(exclude={"model"})
         )
         self._requests.attach(self._engine.tokenizer, self._config.model)
-        self._rows = RowPath(self._engine, self._config.prompt.too_long)
+        deduplicated = Deduplicated(self._engine) if self._config.run.dedupe else self._engine
+        self._rows = RowPath(deduplicated, self._config.prompt.too_long)
         self._active: dict[int, _Active] = {}
         self._io = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="shard-io")
         self._steps, self._stepped = 0, time.monotonic()
@@ -185,7 +191,7 @@ class ShardWorker:
 
         def result(status: Status, reason: str | None = None, gave_up: bool = False) -> ShardResult:
             seconds = round(time.monotonic() - started, 3)
-            return ShardResult(shard.index, status, reason, gave_up, None, 0, seconds, self._name)
+            return ShardResult(shard.index, status, reason, gave_up, None, 0, 0, seconds, self._name)
 
         attempt = AttemptLog(self._output.attempts(shard.index), self._task.start)
         try:
@@ -204,6 +210,8 @@ class ShardWorker:
         if found.deaths >= self._config.run.max_engine_deaths:
             reason = f"the engine died {found.deaths} times on it and finished no row in between, last: {found.last}"
             return result("failed", reason, gave_up=True)
+        if self._config.run.dedupe and (found.poison or found.suspects):
+            spread(found, self._asked(table), active.unfinished())
         self._active[shard.index] = active  # until it is committed: a commit may be retried for long
         flusher = asyncio.get_running_loop().create_task(self._flush_regularly(active.journal))
         try:
@@ -213,7 +221,7 @@ class ShardWorker:
             if len(finished) < shard.rows:
                 await self._off_loop(_try_flush, active.journal)
                 await self._off_loop(self._patiently, attempt.over)
-                return result("apart")
+                return replace(result("apart"), copied_rows=active.copied)
             counts = await self._off_loop(self._commit, shard, table, [finished[row] for row in range(shard.rows)])
         except OSError as error:
             return result("fatal", f"shard {shard.index} cannot be written: {_one_line(error)}")
@@ -222,7 +230,7 @@ class ShardWorker:
             await self._off_loop(active.journal.close)
             await self._off_loop(attempt.close)
             del self._active[shard.index]
-        return replace(result("done"), counts=counts.as_dict(), reused_rows=reused)
+        return replace(result("done"), counts=counts.as_dict(), reused_rows=reused, copied_rows=active.copied)
 
     async def _generate(self, active: _Active, table: pa.Table, found: Diagnosis) -> None:
         """Run the rows that no earlier attempt finished: in company, and suspects only where this pool is there for them.
@@ -259,6 +267,10 @@ class ShardWorker:
             )
         except EngineDeadError as error:
             self._die(error)
+
+    def _asked(self, table: pa.Table) -> list[str]:
+        """What each row of a shard asks for; equal where the requests are."""
+        return [repr(row) for row in self._requests.rows(table.select(self._requests.columns))]
 
     async def _flush_regularly(self, journal: Journal) -> None:
         while True:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,9 +16,9 @@ from nanovllm.outputs import error_output
 from pipelines.job import PromptConfig, TooLong
 from pipelines.predictor import NanoVLLMPredictor
 from pipelines.prompts import Prompts
-from pipelines.requests import Requests, row_seed
+from pipelines.requests import row_seed
 from pipelines.results import RowResult
-from pipelines.rows import RowPath
+from tests.rows import run_rows
 
 LONG = "many words " * 400
 
@@ -35,25 +33,9 @@ def engine(chat_model_dir: Path) -> Iterator[AsyncLLM]:
     engine.shutdown()
 
 
-@dataclass
-class Settings:
-    """`RequestSettings`."""
-
-    prompt: PromptConfig
-    sampling: SamplingParams
-    sampling_columns: dict[str, str] = field(default_factory=dict)
-    sampling_column: str | None = None
-    format: str = "auto"
-
-
 def run(engine: object, values: list[object], too_long: TooLong = "error", max_tokens: int = 5) -> list[RowResult]:
-    settings = Settings(PromptConfig(too_long=too_long), SamplingParams(max_tokens=max_tokens, ignore_eos=True))
-    requests = Requests(settings, pa.schema([("prompt", pa.string())]))
-    rows = RowPath(engine, too_long)  # type: ignore[arg-type]
-    results: dict[int, RowResult] = {}
-    seeds = [row_seed(0, str(value)) for value in values]
-    asyncio.run(rows.run(requests, [{"prompt": value} for value in values], seeds, results.__setitem__))
-    return [results[number] for number in range(len(values))]
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return run_rows(engine, values, [row_seed(0, str(value)) for value in values], sampling, too_long)
 
 
 def test_bad_rows_are_values_and_others_do_not_feel_them(engine: AsyncLLM) -> None:
