@@ -315,6 +315,49 @@ def _(place: Place) -> list[str]:
     return place.arguments("--output", str(place.root / "file" / "out"))
 
 
+@case("a chat and a model without a chat template", "has no chat template; give one (chat_template, chat_template_file")
+def _(place: Place) -> list[str]:
+    config = json.loads((place.model / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (place.model / "tokenizer_config.json").write_text(json.dumps(config))
+    return place.arguments("prompt.chat=true")
+
+
+@case("a chat template that is not Jinja", "the chat template is not Jinja")
+def _(place: Place) -> list[str]:
+    (place.root / "chat.jinja").write_text("{% for m in messages %}")
+    return place.arguments("prompt.chat=true", f"prompt.chat_template_file={place.root / 'chat.jinja'}")
+
+
+@case(
+    "a template over a column that is not there",
+    "prompt.template uses 'promt', which is no column: did you mean 'prompt'",
+)
+def _(place: Place) -> list[str]:
+    return place.arguments("prompt.template='{{ promt }}'")
+
+
+@case("a parameter of rows that is none", "unknown sampling parameter 'max_token': did you mean 'max_tokens'?")
+def _(place: Place) -> list[str]:
+    return place.arguments("sampling_columns.max_token=id")
+
+
+@case("rows with their own number of samples", "'n' is the same for all rows of a job; set sampling.n")
+def _(place: Place) -> list[str]:
+    return place.arguments("sampling_columns.n=id")
+
+
+@case("Parquet as requests of OpenAI", "'a.parquet' is named as parquet, and format=openai_batch was given")
+def _(place: Place) -> list[str]:
+    return place.arguments("format=openai_batch")
+
+
+@case("another prompt than the job was begun with", "prompt.template was None, is '{{ prompt }}?'")
+def _(place: Place) -> list[str]:
+    place.begin("prompt.column=prompt")
+    return place.arguments("prompt.template='{{ prompt }}?'")
+
+
 def snapshot(root: Path) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))}
 
