@@ -95,7 +95,7 @@ def test_demo_needs_nothing_else() -> None:
         (["sampling.temperature=.nan"], "sampling.temperature=nan: must be a finite number of 0 (greedy) or more"),
         (["sampling.temperature=-1"], "sampling.temperature=-1.0: must be a finite number of 0 (greedy) or more"),
         (["sampling.structured_outputs={chioce: [a, b]}"], "'chioce' in structured_outputs: did you mean 'choice'?"),
-        (["sampling.structured_outputs={json: {type: nothing}}"], "sampling.json: "),
+        (["sampling.structured_outputs={json: '{'}"], "sampling.json='{': is no JSON"),
         (["sampling.labels=[a]"], "sampling.labels=['a']: must be 2 or more strings"),
         (["sampling.n=2", "sampling.temperature=0"], "sampling.n=2: with temperature=0 all samples are the same"),
         (["columns.samples=column"], "columns.samples='column'"),
