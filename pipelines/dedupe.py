@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
@@ -159,7 +160,7 @@ def _size(output: RequestOutput) -> int:
     positions: list[TokenLogprobs | None] = [*(output["logprobs"] or []), *(output.get("prompt_logprobs") or [])]
     return (
         1000
-        + sum(len(text) for text in texts if text is not None)
-        + sum(100 + len(label) for label in output.get("label_probs") or {})
+        + sum(sys.getsizeof(text) for text in texts if text is not None)
+        + sum(100 + sys.getsizeof(label) for label in output.get("label_probs") or {})
         + sum(300 * len(found or {}) + 250 for found in positions)
     )
