@@ -388,7 +388,6 @@ class Run:
         self._reused_rows = 0
         self._copied_rows = 0
         self._results: list[dict[str, Any]] = []
-        self._answers: BatchResults | None = None
 
     def execute(self, pending: Sequence[Shard], stop: StopSignals) -> None:
         """Run the pending shards on the pool.
@@ -576,8 +575,6 @@ class Run:
             f"finished: {counts.rows:,} rows ({counts.error_rows:,} with an error{copies}), {counts.input_tokens:,} tokens in, "
             f"{counts.generated_tokens:,} out, {duration(seconds)}{rate}"
         )
-        if self._answers is not None:
-            self._say_answers(self._answers)
         print(f"output   {self._config.output}\nreport   {self._output.run.child('report.html').path}", flush=True)
 
     def _answer(self) -> None:
@@ -591,10 +588,7 @@ class Run:
         model = self._config.model.rstrip("/").rpartition("/")[2]
         answers = BatchResults(self._output, self._job.shards, self._job.columns, model)
         retrying(lambda: self._output.put_top(RESULTS, answers.lines()), self._config.run.write_retries)
-        self._answers = answers
-
-    def _say_answers(self, answers: BatchResults) -> None:
-        repeated, custom_id = answers.repeated()
+        repeated, custom_id = retrying(answers.repeated, self._config.run.write_retries)
         if repeated:
             print(
                 f"warning: {repeated:,} requests have the custom_id of an earlier one, the first of them {custom_id!r}"
