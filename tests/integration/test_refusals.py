@@ -352,9 +352,9 @@ def _(place: Place) -> list[str]:
     return place.arguments("format=openai_batch")
 
 
-@case("another prompt than the job was begun with", "prompt.template was None, is '{{ prompt }}?'")
+@case("another prompt than the job was begun with", "prompt.template was '{{ prompt }}', is '{{ prompt }}?'")
 def _(place: Place) -> list[str]:
-    place.begin("prompt.column=prompt")
+    place.begin("prompt.template='{{ prompt }}'")
     return place.arguments("prompt.template='{{ prompt }}?'")
 
 
