@@ -36,6 +36,8 @@ class RowTemplate:
     def __init__(self, text: str, columns: Sequence[str]) -> None:
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_no_null)
         environment.filters["tojson"] = _to_json
+        for name in columns:  # a column may be named `range`
+            environment.globals.pop(name, None)
         try:
             tree = environment.parse(text)
             self._template = environment.from_string(text)
@@ -44,7 +46,7 @@ class RowTemplate:
         if list(meta.find_referenced_templates(tree)):
             raise UserError("prompt.template includes another template; write its text into this one")
         names = meta.find_undeclared_variables(tree)
-        unknown = sorted(names - set(columns) - set(environment.globals))
+        unknown = sorted(names - set(columns))
         if unknown:
             raise UserError(f"prompt.template uses {unknown[0]!r}, which is no column: {suggest(unknown[0], columns)}")
         self.columns = [name for name in columns if name in names]

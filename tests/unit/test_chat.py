@@ -69,7 +69,7 @@ def test_renders_what_transformers_renders(tokenizer: PreTrainedTokenizerBase) -
 
 
 def test_parts_and_nulls(tokenizer: PreTrainedTokenizerBase) -> None:
-    chat = ChatRenderer(tokenizer, "m")
+    chat = ChatRenderer(tokenizer, "m", chat_template="{{ messages | tojson }}")
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     assert chat.text([{"role": "user", "content": parts, "name": None}]) == chat.text(
         [{"role": "user", "content": "one\ntwo"}]
@@ -84,6 +84,7 @@ def test_parts_and_nulls(tokenizer: PreTrainedTokenizerBase) -> None:
         (["hello"], "message 1 is str"),
         ([{"content": "x"}], "message 1 has no role"),
         ([{"role": "user"}], "message 1 (role 'user') has no content"),
+        ([{"role": "user", "content": None}], "message 1 (role 'user') has no content"),
         ([TURNS[0], {"role": "user", "content": 3}], "the content of message 2 is int"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}], "a part of type 'image_url'"),
     ],

@@ -99,6 +99,25 @@ def test_what_a_body_leaves_out_is_the_jobs(tokenizer: PreTrainedTokenizerBase) 
     assert asked(tokenizer, CHAT, chat).params.max_tokens == 4
 
 
+def test_what_is_off_is_as_if_left_out() -> None:
+    off = {
+        "stream": False,
+        "tools": [],
+        "tool_choice": "none",
+        "echo": False,
+        "best_of": 1,
+        "suffix": None,
+        "user": "me",
+    }
+    assert params_of({**off, "model": "other"}) == params_of({})
+
+
+def test_only_post_is_a_request() -> None:
+    requests = Requests(build(JOB), BATCH_SCHEMA)
+    with pytest.raises(RowError, match="method 'GET': must be 'POST'"):
+        requests.request({"custom_id": "x", "method": "GET", "url": COMPLETIONS, "body": '{"prompt": "x"}'}, 0)
+
+
 def test_logprobs_and_forms_of_chats(tokenizer: PreTrainedTokenizerBase) -> None:
     def chat(**body: Any) -> SamplingParams:
         return asked(tokenizer, CHAT, {"messages": TURN, **body}).params

@@ -133,6 +133,10 @@ def test_a_template_over_columns(tokenizer: PreTrainedTokenizerBase) -> None:
     assert chatted == "<|im_start|>user\nSay the fox<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_a_column_may_have_the_name_of_a_function() -> None:
+    assert prompts_of(pa.table({"range": ["far"], "dict": ["book"]}), template="{{ range }} {{ dict }}") == ["far book"]
+
+
 def test_a_template_is_sandboxed() -> None:
     (row, *_) = prompts_of(TABLE, template="{{ prompt.__class__.__mro__ }}")
     assert isinstance(row, str) and "prompt.template fails on this row" in row and "__class__" in row
