@@ -1,8 +1,9 @@
 """Does making prompts slow the engine down? Its steps beside a thread that renders and tokenizes rows without a pause, as the row path does.
 
-`python bench/prompts.py --save prompts_cpu`. The engine decodes the same number of sequences all the time. In turns nothing runs beside it,
-and the tokenizer thread with rows of one kind: plain text, messages through a chat template, a template over columns, bodies of OpenAI's
-batch API. The rows it makes are not run, so that the engine's work stays the same. What an engine takes in is one row for each that ends,
+`python bench/prompts.py --save prompts_cpu`. The engine decodes the same number of sequences all the time. In turns nothing runs beside it;
+another process that does nothing but take a core, which costs what any work on this machine costs; and the tokenizer thread with rows of
+one kind: plain text, messages through a chat template, a template over columns, bodies of OpenAI's batch API. What the thread costs more
+than the process is Python's lock. The rows it makes are not run, so that the engine's work stays the same. What an engine takes in is one row for each that ends,
 which is far less than the thread makes: the share of time that it is busy in a job is (rows the engine ends a second) / (rows a second).
 """
 
@@ -12,6 +13,8 @@ import argparse
 import json
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -125,15 +128,19 @@ def settings(kind: str) -> JobConfig:
 
 
 def measure(engine: AsyncLLM, kind: str, table: pa.Table, seconds: float, rounds: int) -> dict[str, Any]:
-    """Medians over `rounds` of alone, beside."""
+    """Medians over `rounds` of: alone, beside a process, beside the thread."""
     if kind == "batch":
         table = table.select(BATCH_SCHEMA.names)
     requests = Requests(settings(kind), table.schema)
     requests.attach(engine.tokenizer, "m")
     rows = requests.rows(table)
-    alone, beside, made, tokens = [], [], [], []
+    alone, process, beside, made, tokens = [], [], [], [], []
     for _ in range(rounds):
         alone.append(step_ms(engine, seconds))
+        other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        process.append(step_ms(engine, seconds))
+        other.kill()
+        other.wait()
         tokenizer = Tokenizer(engine, requests, rows)
         start = time.perf_counter()
         beside.append(step_ms(engine, seconds))
@@ -146,6 +153,7 @@ def measure(engine: AsyncLLM, kind: str, table: pa.Table, seconds: float, rounds
     return {
         "kind": kind,
         "step_ms_alone": round(first, 3),
+        "step_ms_beside_a_process": round(statistics.median(process), 3),
         "step_ms_beside": round(second, 3),
         "slower": round(second / first - 1, 4),
         "rows_per_s": round(rows_a_second),
