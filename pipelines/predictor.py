@@ -74,7 +74,8 @@ class NanoVLLMPredictor:
             prompt: where prompts come from, the fields of a job's section `prompt`: `{"messages": "conversation"}`,
                 `{"template": "Sum up: {{ text }}", "chat": True, "system": "Be brief."}` and so on. Files are read on the actor.
             sampling_columns: parameter -> column, for rows with parameters of their own.
-            sampling_column: column of structs, or of JSON text, whose fields are parameters.
+            sampling_column: column of structs, or of JSON text, whose fields are parameters. Where its fields are not known from the
+                batch's type (JSON text, numpy and pandas batches), the output has the columns of all parameters.
             too_long: what becomes of a prompt that does not fit: "error" (the default), "truncate_left" or "truncate_right".
             output_prefix: put before the names of the generated columns.
             num_cached_tokens: add that column.

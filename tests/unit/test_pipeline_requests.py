@@ -220,6 +220,16 @@ def test_refused_for_these_columns(settings: dict[str, Any], message: str) -> No
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_pickles_in_files_are_not_read() -> None:
+    from ray.data.extensions import ArrowPythonObjectType
+
+    for kind in (ArrowPythonObjectType(), pa.list_(pa.struct([("x", ArrowPythonObjectType())]))):
+        schema = pa.schema([("text", pa.string()), ("odd", kind)])
+        with pytest.raises(UserError, match="column 'odd' holds pickled Python objects"):
+            Requests(job(prompt={"template": "{{ text }} {{ odd }}"}), schema)
+        Requests(job(prompt={"template": "{{ text }}"}), schema)
+
+
 # Parameters
 
 
