@@ -27,7 +27,7 @@ class EngineConfig(BaseModel):
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks that share one copy of the model.")
     enforce_eager: bool = Field(False, description="Run without CUDA graphs.")
-    kvcache_block_size: int = Field(256, description="Tokens of one KV cache block: a power of two from 16 to 256.")
+    kvcache_block_size: int = Field(64, description="Tokens of one KV cache block: a power of two from 16 to 256.")
     async_scheduling: bool = Field(
         True, description="Launch each step before the tokens of the one before are read; off: one after the other."
     )

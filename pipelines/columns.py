@@ -90,7 +90,7 @@ class OutputColumns:
     def extend(self, table: pa.Table, results: Sequence[RowResult]) -> pa.Table:
         """Input rows with their generated columns behind them."""
         if self.exploded:
-            table = table.take(pa.array(np.repeat(np.arange(table.num_rows), self.n)))
+            table = pa.table([_repeated(column, self.n) for column in table.columns], schema=table.schema)
         generated = self.table(results)
         for field in self.schema:
             table = table.append_column(field, generated[field.name])
@@ -190,3 +190,13 @@ def _probabilities(samples: Sequence[Sample], labels: Sequence[str]) -> pa.Struc
     arrays = [pa.array([probs and probs[label] for probs in found], pa.float64()) for label in labels]
     mask = pa.array([probs is None for probs in found], pa.bool_())
     return pa.StructArray.from_arrays(arrays, fields=[pa.field(label, pa.float64()) for label in labels], mask=mask)
+
+
+def _repeated(column: pa.ChunkedArray, times: int) -> pa.ChunkedArray:
+    """Every value so many times, one after another."""
+    rows = np.repeat(np.arange(len(column)), times)
+    try:
+        return column.take(pa.array(rows))
+    except pa.ArrowNotImplementedError:  # of views of strings, also inside of other types
+        values = column.to_pylist()
+        return pa.chunked_array([pa.array([values[row] for row in rows], column.type)])

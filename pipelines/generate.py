@@ -192,7 +192,8 @@ def _show_plan(job: Job, ready: tuple[Requests, PreTrainedTokenizerBase]) -> Non
     requests, tokenizer = ready
     rows = sum(shard.rows for shard in job.shards)
     print(f"input    {rows:,} rows in {len(job.dataset.files):,} {job.dataset.format} files")
-    print(f"output   {len(job.shards):,} files of up to {max(shard.rows for shard in job.shards):,} rows")
+    most = max(shard.rows for shard in job.shards) * job.columns.rows_each
+    print(f"output   {len(job.shards):,} files of up to {most:,} rows")
     kept = output_schema(job.schema, job.config.columns.keep)
     print(f"columns  {', '.join(f'{field.name} {field.type}' for field in (*kept, *job.columns.schema))}")
     first = job.shards[0]

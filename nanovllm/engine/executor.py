@@ -21,12 +21,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.model_input import ModelInput
 from nanovllm.engine.model_runner import ModelRunner, resolve_device
-from nanovllm.engine.row_sampling import SamplingInput
+from nanovllm.engine.row_sampling import SamplingInput, mask_words
 from nanovllm.engine.step_result import StepCopy, StepResult
 from nanovllm.errors import EngineDeadError, UserError
 from nanovllm.layers.parallel import TensorParallel
@@ -43,6 +45,26 @@ RANK_ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
+
+
+# `Executor.chunk_cost` where decodes run as graphs, of the 0.6B shape and 256 sequences (bench/NOTES.md).
+GRAPHS_CHUNK_COST = 1.0
+
+
+class MaskBuffer:
+    """Masks over the vocabulary in memory that is used again: fresh pages would cost more than what is written to them."""
+
+    def __init__(self, vocab_size: int, *, pinned: bool) -> None:
+        self._words = mask_words(vocab_size)
+        self._pinned = pinned
+        self._buffer: npt.NDArray[np.int32] = np.empty((0, self._words), dtype=np.int32)
+
+    def rows(self, count: int) -> npt.NDArray[np.int32]:
+        """The first `count` rows [count, W]."""
+        if count > len(self._buffer):
+            shape = (max(count, 2 * len(self._buffer)), self._words)
+            self._buffer = torch.zeros(shape, dtype=torch.int32, pin_memory=self._pinned).numpy()
+        return self._buffer[:count]
 
 
 class RankSetup(NamedTuple):
@@ -67,11 +89,20 @@ class RankReply(NamedTuple):
 class Executor(ABC):
     """Where the model runs. Steps run in the order they are launched in, and are collected in that order.
 
-    `num_kvcache_blocks` is the size of the pool and `summary` says what runs where; both are known after construction.
+    Attributes, known after construction:
+        num_kvcache_blocks: size of the pool.
+        summary: what runs where.
+        chunk_cost: how much longer a step with chunks takes than one of decodes alone, as a part of the latter: decodes may run as
+            CUDA graphs, whose launch takes the host no time.
     """
 
     num_kvcache_blocks: int
     summary: str
+    chunk_cost: float
+
+    @abstractmethod
+    def mask_buffer(self, rows: int) -> npt.NDArray[np.int32]:
+        """Where to put masks [rows, W] for `sample`, from where they reach the device fastest: the same memory in each call."""
 
     @abstractmethod
     def launch(self, step: ModelInput) -> None:
@@ -125,6 +156,8 @@ class UniprocExecutor(Executor):
         self.runner: ModelRunner | None = ModelRunner(config, model_config, max_model_len, TensorParallel())
         self.num_kvcache_blocks = choose_num_blocks(config, self.runner.max_kvcache_blocks())
         self.summary = self.runner.start(self.num_kvcache_blocks)
+        self.chunk_cost = GRAPHS_CHUNK_COST if self.runner.graphs is not None else 0.0
+        self._masks = MaskBuffer(model_config.vocab_size, pinned=self.runner.device.type == "cuda")
         self.in_flight: deque[StepCopy] = deque()
 
     def launch(self, step: ModelInput) -> None:
@@ -134,6 +167,10 @@ class UniprocExecutor(Executor):
         copy = self.runner.launch(step)
         if copy is not None:
             self.in_flight.append(copy)
+
+    def mask_buffer(self, rows: int) -> npt.NDArray[np.int32]:
+        """See `Executor.mask_buffer`."""
+        return self._masks.rows(rows)
 
     def sample(self, asked: SamplingInput) -> None:
         """See `Executor.sample`."""
@@ -163,7 +200,9 @@ class MultiprocExecutor(Executor):
     """Tensor-parallel ranks, each a child process."""
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> None:
-        resolve_device(config, 0)  # refused here at once, not by every rank after its imports
+        device = resolve_device(config, 0)  # refused here at once, not by every rank after its imports
+        self.chunk_cost = GRAPHS_CHUNK_COST if device.type == "cuda" and not config.enforce_eager else 0.0
+        self._masks = MaskBuffer(model_config.vocab_size, pinned=False)
         size = config.tensor_parallel_size
         self.rendezvous_dir = Path(tempfile.mkdtemp(prefix="nanovllm-"))
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -189,6 +228,10 @@ class MultiprocExecutor(Executor):
             raise EngineDeadError("the engine was shut down")
         for rank in range(len(self.processes)):
             self._send(rank, step)
+
+    def mask_buffer(self, rows: int) -> npt.NDArray[np.int32]:
+        """See `Executor.mask_buffer`."""
+        return self._masks.rows(rows)
 
     def sample(self, asked: SamplingInput) -> None:
         """See `Executor.sample`."""

@@ -14,7 +14,7 @@ import torch
 from nanovllm.engine.row_sampling import SamplingInput
 from nanovllm.engine.step_result import LogprobTensors
 from nanovllm.kernels.filter_logits import filter_logits, filter_logits_torch
-from nanovllm.kernels.sampling import sample_keys, sample_keys_torch
+from nanovllm.kernels.sampling import sample_keys, sample_keys_torch, unpack_masks
 from nanovllm.kernels.triton_compat import use_triton
 from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.utils.transfer import to_device
@@ -52,6 +52,8 @@ class ExtendedSampler:
         Returns:
             [L, V] float32 logits from which log-probabilities are taken, or None where none are asked for.
         """
+        if not len(asked.rows):
+            return None
         device = logits.device
         rows = to_device(asked.rows, device)
         whole = self._gather(logits[rows])
@@ -155,11 +157,9 @@ def _apply_masks(logits: torch.Tensor, masks: npt.NDArray[Any], rows: npt.NDArra
     """Set to -inf what the bits of `masks` [m, W] do not allow in `rows` [m] of `logits` [E, V]."""
     if not len(rows):
         return
-    bits = to_device(masks, logits.device)
     where = to_device(rows, logits.device)
-    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
-    allowed = ((bits.unsqueeze(-1) >> shifts) & 1).view(len(masks), -1)[:, : logits.shape[1]]
-    logits[where] = logits[where].masked_fill(allowed == 0, float("-inf"))
+    allowed = unpack_masks(to_device(masks, logits.device))[:, : logits.shape[1]]
+    logits[where] = logits[where].masked_fill(~allowed, float("-inf"))
 
 
 def _logprobs(logits: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor, top: int) -> LogprobTensors:

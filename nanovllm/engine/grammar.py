@@ -6,10 +6,12 @@ A mask is a row of int32 words: bit `i % 32` of word `i // 32` is set where toke
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 # Compiled grammars kept; each takes about 170 KiB at a vocabulary of 151,936.
 CACHE_SIZE = 512
+# States that share one compiled form before another is made for the next ones: those of one share what they find out under a lock,
+# so threads would wait for each other.
+STATES_PER_MATCHER = 16
 # A long constant is forced piece by piece.
 MAX_FORCED_TOKENS = 256
 # JSON as `json.dumps` writes it, and with whitespace of the model's choice.
@@ -69,6 +74,7 @@ class GrammarCompiler:
         special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._special_texts = sorted({*special, *tokenizer.all_special_tokens})
         self._free_words = _words_without(self.eos_token_ids, len(tokenizer), self.mask_words)
+        self._threads = threads
         self._executor = llguidance.LLExecutor(threads) if threads > 1 else None
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[object, ...], Grammar | str] = OrderedDict()
@@ -104,9 +110,11 @@ class GrammarCompiler:
             if inner is None:
                 state.fill_mask(out[row])
             else:
-                jobs.append((inner.matcher, row))
+                jobs.append((inner.family, inner.matcher, row))
         if jobs and self._executor is not None:
-            self._executor.unsafe_compute_mask_ptr(jobs, out.ctypes.data, self.mask_words * 4, out.shape[0])
+            # Each thread takes neighbours: those that share a lock are side by side.
+            ordered = [job[1:] for job in sorted(jobs, key=itemgetter(0))]
+            self._executor.unsafe_compute_mask_ptr(ordered, out.ctypes.data, self.mask_words * 4, out.shape[0])
 
     def _lookup(self, params: StructuredOutputsParams) -> Grammar | str:
         problem = params.problem()
@@ -141,13 +149,17 @@ class GrammarCompiler:
             text = _grammar_text(self._matcher_type, params)
         except ValueError as error:
             return _refusal(params, str(error))
-        matcher = self._matcher_type(self._tokenizer, text, log_level=0, limits=self._limits)
+
+        def compiled() -> Any:
+            return self._matcher_type(self._tokenizer, text, log_level=0, limits=self._limits)
+
+        matcher = compiled()
         if matcher.is_error():
             return _refusal(params, matcher.get_error())
         warnings = matcher.get_grammar_warnings()
         if warnings:
             return _refusal(params, "; ".join(warnings))
-        grammar = Grammar(matcher, self.eos_token_ids, self._free_words)
+        grammar = Grammar(matcher, compiled, self._threads, self.eos_token_ids, self._free_words)
         reason = self._dead_end(grammar.start())
         return _refusal(params, reason) if reason else grammar
 
@@ -167,16 +179,37 @@ class GrammarCompiler:
 
 
 class Grammar:
-    """A compiled grammar. `start()` gives the state of a new sequence, on any thread."""
+    """A compiled grammar. `start()` gives the state of a new sequence, on any thread.
 
-    def __init__(self, matcher: Any, eos_token_ids: tuple[int, ...], free_words: NDArray[np.int32]) -> None:
-        self._matcher = matcher
+    Args:
+        matcher: llguidance's, before the first token; compiled: makes another one.
+        most: matchers to spread the states over, one for each thread that fills masks.
+    """
+
+    def __init__(
+        self,
+        matcher: Any,
+        compiled: Callable[[], Any],
+        most: int,
+        eos_token_ids: tuple[int, ...],
+        free_words: NDArray[np.int32],
+    ) -> None:
+        self._matchers = [matcher]
+        self._compiled = compiled
+        self._most = most
+        self._started = itertools.count()
+        self._lock = threading.Lock()
         self._eos_token_ids = eos_token_ids
         self._free_words = free_words
 
     def start(self) -> GrammarState:
         """A state before the first token, independent of all others."""
-        return GrammarState(self._matcher.deep_copy(), self._eos_token_ids, self._free_words)
+        index = next(self._started) // STATES_PER_MATCHER % self._most
+        with self._lock:
+            if index >= len(self._matchers):
+                self._matchers.append(self._compiled())
+            matcher = self._matchers[min(index, len(self._matchers) - 1)]
+        return GrammarState(matcher.deep_copy(), id(matcher), self._eos_token_ids, self._free_words)
 
 
 class GrammarState:
@@ -186,10 +219,13 @@ class GrammarState:
     its state, since it keeps its tokens.
     """
 
-    __slots__ = ("_eos_token_ids", "_free_words", "is_finished", "matcher")
+    __slots__ = ("_eos_token_ids", "_free_words", "family", "is_finished", "matcher")
 
-    def __init__(self, matcher: Any, eos_token_ids: tuple[int, ...], free_words: NDArray[np.int32]) -> None:
+    def __init__(
+        self, matcher: Any, family: int, eos_token_ids: tuple[int, ...], free_words: NDArray[np.int32]
+    ) -> None:
         self.matcher = matcher
+        self.family = family  # of states that share a lock
         self._eos_token_ids = eos_token_ids
         self._free_words = free_words
         self.is_finished = False  # an end-of-sequence token was accepted

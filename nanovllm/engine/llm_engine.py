@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.executor import create_executor
@@ -25,6 +23,8 @@ from nanovllm.utils.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from nanovllm.engine.reasoning import Constraint
 
 
 class Flight(NamedTuple):
@@ -139,32 +139,56 @@ class LLMEngine:
     def _constrain(self, asked: SamplingInput, finished: list[tuple[Sequence, RequestOutput]]) -> SamplingInput:
         """Add to `asked` what the tokens so far rule out in the step launched last, and go on at once where they leave one way."""
         batch, settled = self.in_flight[-1]
-        states, rows = [], []
+        forced = self._worthwhile_forced_tokens(batch)
+        masked: list[tuple[Constraint, int]] = []  # of rows that ask for nothing else
+        limited: list[tuple[Constraint, int]] = []
         bans: list[tuple[int, int]] = []
-        row = 0
+        sampling = among_logits = -1
         for seq, _, _, samples in batch:
+            sampling += samples
             extra = seq.extra
             if extra is None or not samples or not extra.samples_differently:
                 continue
-            if seq.status is not SequenceStatus.FINISHED:
-                constraint = extra.constraint
-                forced = [] if constraint is None or extra.params.logprobs is not None else constraint.forced_tokens()
-                if len(forced := forced[: seq.max_new_tokens - seq.num_generated_tokens - 1]) > 1:
-                    settled.add(seq.seq_id)
-                    seq.num_pending -= 1
-                    seq.on_device = False  # it knows neither the last token nor how many there are
-                    for token_id in forced:
-                        if self._append(seq, token_id, finished):
-                            break
-                elif constraint is not None and constraint.needs_mask:
-                    states.append(constraint)
-                    rows.append(row)
-                bans += [(row, token) for token in extra.banned_next(seq.token_ids, seq.num_prompt_tokens)]
-            row += 1
-        masks = np.zeros((len(states), asked.masks.shape[1]), dtype=np.int32)
-        if states:
-            self.requests.grammars.fill_masks(states, masks)
-        return asked.with_grammar(masks, rows, bans)
+            among_logits += extra.needs_logits
+            if seq.status is SequenceStatus.FINISHED:
+                continue
+            constraint = extra.constraint
+            if seq.seq_id in forced:
+                settled.add(seq.seq_id)
+                seq.num_pending -= 1
+                seq.on_device = False  # it knows neither the last token nor how many there are
+                for token_id in forced[seq.seq_id]:
+                    if self._append(seq, token_id, finished):
+                        break
+            elif constraint is not None and constraint.needs_mask:
+                if extra.needs_logits:
+                    limited.append((constraint, among_logits))
+                else:
+                    masked.append((constraint, sampling))
+            bans += [(among_logits, token) for token in extra.banned_next(seq.token_ids, seq.num_prompt_tokens)]
+        # The copies of the step before to the device are done, as its tokens have come back.
+        masks = self.executor.mask_buffer(len(masked) + len(limited))
+        if len(masks):
+            self.requests.grammars.fill_masks([constraint for constraint, _ in masked + limited], masks)
+        return asked.with_grammar(masks, [row for _, row in masked], [row for _, row in limited], bans)
+
+    def _worthwhile_forced_tokens(self, batch: list[ScheduledSequence]) -> dict[int, list[int]]:
+        """What the grammars of a batch leave no choice about, by sequence id; nothing where sampling it token by token is faster."""
+        cost = self.executor.chunk_cost
+        # To ask takes the host some microseconds a sequence, and many seldom gain by it at once.
+        if cost and len(batch) > 32 and self.steps % 4:
+            return {}
+        forced: dict[int, list[int]] = {}
+        for seq, _, _, samples in batch:
+            constraint = seq.extra.constraint if seq.extra is not None else None
+            if constraint is None or not samples or seq.status is SequenceStatus.FINISHED:
+                continue
+            if seq.params.logprobs is None:
+                room = seq.max_new_tokens - seq.num_generated_tokens - 1
+                if len(tokens := constraint.forced_tokens()[:room]) > 1:
+                    forced[seq.seq_id] = tokens
+        saved = sum(len(tokens) - 1 for tokens in forced.values())
+        return forced if saved >= cost * len(batch) else {}
 
     def _collect(self) -> list[tuple[Sequence, RequestOutput]]:
         """Read the oldest step in flight and apply the stop rules to its tokens."""

@@ -19,7 +19,7 @@ from nanovllm.engine.model_input import ModelInput
 from nanovllm.engine.row_sampling import SamplingInput
 from nanovllm.engine.step_result import StepCopy
 from nanovllm.errors import UserError
-from nanovllm.kernels.sampling import LEAST_KEY
+from nanovllm.kernels.sampling import LEAST_KEY, RowMasks
 from nanovllm.layers.attention import Attention, AttentionBatch, select_backend
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.sampler import sample
@@ -122,6 +122,7 @@ class ModelRunner:
             self.device,
             self.dtype,
         )
+        self.backend.check_block_size(config.kvcache_block_size)
         with _default_dtype(self.dtype), self.device:
             model_class = ARCHITECTURES[model_config.architecture].load()
             # The rotary table is made on the CPU, whatever the default device.
@@ -232,7 +233,7 @@ class ModelRunner:
         if len(slots):
             logits = self.model.compute_logits(forward.last)
             if len(asked.rows) < len(slots):
-                self._draw(logits, slots, keys)
+                self._draw(logits, slots, keys, self._row_masks(asked, len(slots)))
             raw = self.extended_sampler.replace_keys(logits, slots, asked, keys)
             self.state.advance(keys, slots, forward.lens, tokens)
             logprobs = self.extended_sampler.sampled(raw, slots, asked, tokens)
@@ -314,10 +315,20 @@ class ModelRunner:
             self.state.advance(keys, slots, forward.lens, tokens)
         return tokens
 
-    def _draw(self, logits: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor) -> None:
+    def _draw(
+        self, logits: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, masks: RowMasks | None = None
+    ) -> None:
         """Sample from this rank's `logits` [S, columns] into `keys` [S]."""
         state = self.state
-        sample(self.model.lm_head, logits, slots, state.temperatures, state.seeds, state.steps, keys)
+        sample(self.model.lm_head, logits, slots, state.temperatures, state.seeds, state.steps, keys, masks)
+
+    def _row_masks(self, asked: SamplingInput, count: int) -> RowMasks | None:
+        """Masks of those of `count` sampling rows that ask for nothing else."""
+        if not len(asked.masked_rows):
+            return None
+        index = np.full(count, -1)
+        index[asked.masked_rows] = np.arange(len(asked.masked_rows))
+        return RowMasks(to_device(asked.row_masks, self.device), to_device(index, self.device))
 
     def _run(self, step: ModelInput) -> None:
         """Launch a plain step and wait for its end."""

@@ -64,6 +64,7 @@ class OutputProcessor:
         self.think_tags = think_tags
         self.eos_token_ids = frozenset(eos_token_ids)
         self.detokenizers: dict[int, IncrementalDetokenizer] = {}
+        self.token_texts: dict[int, str] = {}
 
     def append(self, seq: Sequence, token_id: int) -> FinishReason | None:
         """Add a sampled token to `seq`; why it is finished, or None where it goes on."""
@@ -124,11 +125,19 @@ class OutputProcessor:
     ) -> TokenLogprobs:
         """Of a position the token that is there, which comes first, and the likeliest ones, as (id, log-probability, rank)."""
         entries = [*own, *((i, p, rank) for rank, (i, p) in enumerate(zip(top_ids, top_logprobs, strict=True), 1))]
-        texts = {} if self.tokenizer is None else {i: self.tokenizer.decode([i]) for i, _, _ in entries}
         found: TokenLogprobs = {}
         for i, p, rank in entries:
-            found.setdefault(i, Logprob(p, rank, texts.get(i)))
+            if i not in found:
+                found[i] = Logprob(p, rank, self._token_text(i))
         return found
+
+    def _token_text(self, token_id: int) -> str | None:
+        if self.tokenizer is None:
+            return None
+        text = self.token_texts.get(token_id)
+        if text is None:
+            text = self.token_texts[token_id] = self.tokenizer.decode([token_id])
+        return text
 
     def forget(self, seq: Sequence) -> None:
         """Drop what is kept for a sequence that ended without an output."""

@@ -12,6 +12,7 @@ user can contain as text of the turn. In this turn the last tag decides (`Prompt
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -257,4 +258,12 @@ def split_token_ids(
 
 def _rfind(items: list[int], part: tuple[int, ...]) -> int:
     """Index of the last `part` in `items`, or -1."""
-    return next((i for i in range(len(items) - len(part), -1, -1) if tuple(items[i : i + len(part)]) == part), -1)
+    size, backwards, start = len(part), items[::-1], 0
+    # `index` looks at a long prompt in microseconds.
+    with suppress(ValueError):
+        while True:
+            end = len(items) - backwards.index(part[-1], start)
+            if tuple(items[max(0, end - size) : end]) == part:
+                return end - size
+            start = len(items) - end + 1
+    return -1

@@ -42,7 +42,8 @@ class RowSampling:
         scored: position -> token ids whose log-probability there is asked for; empty where none is.
         scores: what has been found: position -> `PositionScores`.
         logprobs: what has been found of generated tokens, in order.
-        samples_differently: whether the sampler must know of it, or only report scores of the prompt.
+        needs_logits: whether more than a constraint is asked of the sampler, which then works on all logits of the row.
+        samples_differently: whether the sampler must know of it at all, or only report scores of the prompt.
     """
 
     __slots__ = (
@@ -54,6 +55,7 @@ class RowSampling:
         "early_ids",
         "first_scored",
         "logprobs",
+        "needs_logits",
         "params",
         "samples_differently",
         "scored",
@@ -83,8 +85,8 @@ class RowSampling:
         self.first_scored = min(self.scored, default=None)
         self.scores: dict[int, PositionScores] = {}
         self.logprobs: list[TokenLogprobs] = []
-        self.samples_differently = (
-            self.needs_tokens
+        self.needs_logits = (
+            bool(self.bad_words)
             or self.penalizes
             or self.allowed is not None
             or len(self.bias_ids) > 0
@@ -93,6 +95,7 @@ class RowSampling:
             # A greedy row's token is the likeliest one, which is never filtered out.
             or (params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0))
         )
+        self.samples_differently = self.needs_logits or constraint is not None
 
     @property
     def needs_tokens(self) -> bool:
@@ -152,6 +155,8 @@ class SamplingInput(NamedTuple):
         bias: [2, B] index into E and token id; bias_values: [B].
         masks: [m, W], mask_rows: [m] indices into E; several may concern one row.
         grammar_masks, grammar_rows: likewise, before log-probabilities are taken.
+        row_masks: [d, W] of rows that ask for a mask and nothing else; masked_rows: [d] theirs among the sampling rows, none of
+            which is in `rows`.
         logprob_rows: [L] indices into E whose tokens' log-probabilities are asked for; num_logprobs: most alternatives of any.
         score_rows: [U] hidden rows of the step whose logits are asked for; score_pairs: [2, P] index into U and token id.
         num_score_top: most alternatives of any.
@@ -171,16 +176,23 @@ class SamplingInput(NamedTuple):
     mask_rows: Ints
     grammar_masks: Masks
     grammar_rows: Ints
+    row_masks: Masks
+    masked_rows: Ints
     logprob_rows: Ints
     num_logprobs: int
     score_rows: Ints
     score_pairs: Ints
     num_score_top: int
 
-    def with_grammar(self, masks: Masks, rows: Sequence[int], bans: Sequence[tuple[int, int]]) -> SamplingInput:
-        """This, and what only the latest tokens tell: grammar masks of rows (indices into E), and banned (row, token)s."""
+    def with_grammar(
+        self, masks: Masks, masked_rows: Sequence[int], rows: Sequence[int], bans: Sequence[tuple[int, int]]
+    ) -> SamplingInput:
+        """This, and what only the latest tokens tell: masks of the `masked_rows` and then of `rows` (indices into E), and banned
+        (row, token)s."""
         return self._replace(
-            grammar_masks=masks,
+            row_masks=masks[: len(masked_rows)],
+            masked_rows=np.array(masked_rows, dtype=np.int64),
+            grammar_masks=masks[len(masked_rows) :],
             grammar_rows=np.array(rows, dtype=np.int64),
             bias=np.concatenate((self.bias, np.array(bans, dtype=np.int64).reshape(-1, 2).T), axis=1),
             bias_values=np.concatenate((self.bias_values, np.full(len(bans), -np.inf, dtype=np.float32))),
@@ -205,6 +217,7 @@ def build_sampling_input(batch: Sequence[ScheduledSequence], vocab_size: int) ->
     mask_rows: list[int] = []
     logprob_rows: list[int] = []
     num_logprobs = num_score_top = 0
+    constrained = False
     score_rows: list[int] = []
     score_pairs: list[tuple[int, int]] = []
     first_row = sampling = 0
@@ -217,7 +230,9 @@ def build_sampling_input(batch: Sequence[ScheduledSequence], vocab_size: int) ->
                     score_pairs += [(len(score_rows), token) for token in ids]
                     score_rows.append(first_row + position - start)
                     num_score_top = max(num_score_top, extra.params.prompt_logprobs or 0)
-        if extra is not None and samples and extra.samples_differently:
+        if extra is not None and samples and extra.constraint is not None:
+            constrained = True
+        if extra is not None and samples and extra.needs_logits:
             e, p = len(rows), extra.params
             rows.append(sampling)
             params.append(p)
@@ -241,7 +256,7 @@ def build_sampling_input(batch: Sequence[ScheduledSequence], vocab_size: int) ->
                 num_logprobs = max(num_logprobs, p.logprobs)
         first_row += num_tokens
         sampling += samples
-    if not rows and not score_rows:
+    if not rows and not score_rows and not constrained:
         return None
     words = mask_words(vocab_size)
     return SamplingInput(
@@ -263,6 +278,8 @@ def build_sampling_input(batch: Sequence[ScheduledSequence], vocab_size: int) ->
         mask_rows=np.array(mask_rows, dtype=np.int64),
         grammar_masks=np.zeros((0, words), dtype=np.int32),
         grammar_rows=np.zeros(0, dtype=np.int64),
+        row_masks=np.zeros((0, words), dtype=np.int32),
+        masked_rows=np.zeros(0, dtype=np.int64),
         logprob_rows=np.array(logprob_rows, dtype=np.int64),
         num_logprobs=num_logprobs,
         score_rows=np.array(score_rows, dtype=np.int64),

@@ -10,7 +10,8 @@ import torch
 
 from nanovllm.kernels.triton_compat import tl, triton
 
-BLOCK = 1024
+BLOCK = 4096
+WARPS = 8
 
 
 def filter_logits_torch(
@@ -72,16 +73,15 @@ def filter_logits(
             logits.stride(0),
             logits.shape[1],
             BLOCK=BLOCK,
-            num_warps=8,
+            num_warps=WARPS,
         )
 
 
 @triton.jit
 def _order(x):
-    """float32 as an int64 of the same order, from 0 to 2**32 - 1; NaN is the largest, -0.0 equals 0.0."""
+    """float32 as an int32 of the same order; NaN is the largest, -0.0 equals 0.0."""
     raw = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    order = tl.where(x != x, 0x7FFFFFFF, raw ^ ((raw >> 31) & 0x7FFFFFFF))
-    return order.to(tl.int64) + 2147483648
+    return tl.where(x != x, 0x7FFFFFFF, raw ^ ((raw >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
@@ -96,10 +96,12 @@ def _weights(x, top, scale, inside, WEIGHTED: tl.constexpr):
 @triton.jit
 def _threshold(start_ptr, columns, least, needed, top, scale, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
     """The largest number that elements of at least that size, and of at least `least`, together count for `needed`."""
-    found = tl.zeros((), tl.int64)
+    found = tl.full((), -(2**31), tl.int64)
     digits = tl.arange(0, 8).to(tl.int64)
     for turn in tl.static_range(11):
-        tries = found + (digits << (30 - 3 * turn))
+        # In the first turn only the first four are numbers of 32 bits; nothing is as large as the others.
+        wide = found + (digits << (30 - 3 * turn))
+        tries = tl.minimum(wide, 0x7FFFFFFF).to(tl.int32)
         total = tl.zeros((8,), tl.float32)
         for base in range(0, columns, BLOCK):
             column = base + tl.arange(0, BLOCK)
@@ -108,9 +110,9 @@ def _threshold(start_ptr, columns, least, needed, top, scale, WEIGHTED: tl.const
             weight = _weights(x, top, scale, (column < columns) & (key >= least), WEIGHTED)
             total += tl.sum(tl.where(key[None, :] >= tries[:, None], weight[None, :], 0.0), axis=1)
         # The totals fall with the tries; the first is that of the turn before, which was enough.
-        enough = tl.sum((total >= needed).to(tl.int64), axis=0)
+        enough = tl.sum(((total >= needed) & (wide <= 0x7FFFFFFF)).to(tl.int64), axis=0)
         found += tl.maximum(enough - 1, 0) << (30 - 3 * turn)
-    return found
+    return found.to(tl.int32)
 
 
 @triton.jit

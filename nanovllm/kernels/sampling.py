@@ -7,6 +7,8 @@ int64 key, so parts of a row, and ranks' shards of the vocabulary, are joined by
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from nanovllm.kernels.triton_compat import tl, triton, use_pdl
@@ -20,6 +22,20 @@ MIN_COLUMNS = 4096
 BLOCK = 2048
 
 
+class RowMasks(NamedTuple):
+    """Which tokens rows may have: bit i % 32 of word i // 32 of `bits` [M, W] int32 is set where id i is allowed; `index` [S] int64
+    says which of them is a row's, -1 for none."""
+
+    bits: torch.Tensor
+    index: torch.Tensor
+
+
+def unpack_masks(bits: torch.Tensor) -> torch.Tensor:
+    """[M, W] int32 words as [M, 32 * W] bool."""
+    shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return ((bits.unsqueeze(-1) >> shifts) & 1).view(len(bits), -1) != 0
+
+
 def sample_keys_torch(
     logits: torch.Tensor,
     rows: torch.Tensor,
@@ -29,6 +45,7 @@ def sample_keys_torch(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     out: torch.Tensor | None = None,
+    masks: RowMasks | None = None,
 ) -> torch.Tensor:
     """The key of each row's token among its columns: argmax(logits / temperature + noise), the lowest id among equals.
 
@@ -39,6 +56,7 @@ def sample_keys_torch(
         rows: [S] where in the state each row's sequence is.
         temperatures: [R] float32, 0 for greedy; seeds: [R] int64, below 2**63; steps: [R], tokens generated before.
         out: [S] int64, holding `LEAST_KEY`; written and returned where given.
+        masks: which ids the rows that have a mask may have; all where None.
 
     Returns:
         [S] int64 keys; `LEAST_KEY` where there is no column. `keys_to_tokens` reads them.
@@ -50,8 +68,13 @@ def sample_keys_torch(
         return out
     temperature = temperatures[rows].unsqueeze(1)
     greedy = temperature == 0
+    logits = logits[:, :columns].float()
+    if masks is not None:
+        some = (masks.index >= 0).nonzero().squeeze(1)
+        allowed = unpack_masks(masks.bits[masks.index[some]])[:, vocab_start : vocab_start + columns]
+        logits = logits.index_copy(0, some, logits[some].masked_fill(~allowed, float("-inf")))
     # So low that it is greedy already; a lower one would overflow to several infinities.
-    scores = logits[:, :columns].float() * torch.where(greedy, 1.0, temperature.clamp(min=1e-20)).reciprocal()
+    scores = logits * torch.where(greedy, 1.0, temperature.clamp(min=1e-20)).reciprocal()
     sampled = (~greedy.squeeze(1)).nonzero().squeeze(1)
     if len(sampled):
         scores[sampled] += gumbel_noise(seeds[rows[sampled]], steps[rows[sampled]], columns, vocab_start)
@@ -73,6 +96,7 @@ def sample_keys(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     out: torch.Tensor | None = None,
+    masks: RowMasks | None = None,
 ) -> torch.Tensor:
     """See `sample_keys_torch`."""
     if out is None:
@@ -95,6 +119,10 @@ def sample_keys(
         vocab_start,
         columns,
         split_columns,
+        rows if masks is None else masks.bits,
+        rows if masks is None else masks.index,
+        0 if masks is None else masks.bits.stride(0),
+        MASKED=masks is not None,
         BLOCK=BLOCK,
         CUDA=logits.is_cuda,
         PDL=pdl,
@@ -182,7 +210,7 @@ def _gumbel(noise_key, ids, CUDA: tl.constexpr):
     return -0.6931471805599453 * _log2(exponential, CUDA)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows"])
+@triton.jit(do_not_specialize_on_alignment=["rows", "mask_index"])
 def _sample_kernel(
     logits_ptr,
     rows,
@@ -194,6 +222,10 @@ def _sample_kernel(
     vocab_start,
     columns,
     split_columns,
+    mask_bits,
+    mask_index,
+    stride_masks,
+    MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
     CUDA: tl.constexpr,
     PDL: tl.constexpr,
@@ -212,11 +244,17 @@ def _sample_kernel(
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     best_id = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
     start = tl.program_id(1) * split_columns
+    if MASKED:
+        mask = tl.load(mask_index + i).to(tl.int64)
     for base in range(start, tl.minimum(start + split_columns, columns), BLOCK):
         column = base + tl.arange(0, BLOCK)
         inside = column < columns
         score = tl.load(logits_ptr + i * stride_logits + column, mask=inside, other=0.0).to(tl.float32)
         ids = vocab_start + column
+        if MASKED:
+            # A row without a mask reads that of another, and takes no notice of it.
+            word = tl.load(mask_bits + tl.maximum(mask, 0) * stride_masks + (ids >> 5), mask=inside, other=0)
+            score = tl.where((mask < 0) | (((word >> (ids & 31)) & 1) != 0), score, float("-inf"))
         if temperature != 0:
             score = score * scale + _gumbel(noise_key, ids, CUDA)
         better = inside & ((score > best) | (score != score) | (best_id == 0x7FFFFFFF)) & (best == best)

@@ -75,6 +75,13 @@ class AttentionBackend(ABC):
         self.scale = head_dim**-0.5
         self.prepare()
 
+    def check_block_size(self, block_size: int) -> None:  # noqa: B027 - most backends take any
+        """Refuse KV blocks the backend cannot read.
+
+        Raises:
+            UserError: naming those it can.
+        """
+
     def prepare(self) -> None:  # noqa: B027 - most backends need nothing
         """Make what a backend keeps beside its shape."""
 

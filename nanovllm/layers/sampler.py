@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.kernels.sampling import sample_keys, sample_keys_torch
+from nanovllm.kernels.sampling import RowMasks, sample_keys, sample_keys_torch
 from nanovllm.kernels.triton_compat import use_triton
 from nanovllm.layers.embed_head import ParallelLMHead
 
@@ -17,17 +17,17 @@ def sample(
     seeds: torch.Tensor,
     steps: torch.Tensor,
     out: torch.Tensor,
+    masks: RowMasks | None = None,
 ) -> torch.Tensor:
     """Draw one token a row of `logits` [S, V], which `head` made; the same on every rank.
 
     Args:
-        rows, temperatures, seeds, steps: as in `kernels.sampling.sample_keys_torch`.
+        rows, temperatures, seeds, steps, masks: as in `kernels.sampling.sample_keys_torch`.
         out: [S] int64 holding `LEAST_KEY`, written.
 
     Returns:
         `out`: keys that `keys_to_tokens` reads.
     """
     kernel = sample_keys if use_triton(logits) else sample_keys_torch
-    return head.tp.all_reduce_max(
-        kernel(logits, rows, temperatures, seeds, steps, vocab_start=head.start, vocab_size=head.vocab_size, out=out)
-    )
+    keys = kernel(logits, rows, temperatures, seeds, steps, head.start, head.vocab_size, out, masks)
+    return head.tp.all_reduce_max(keys)

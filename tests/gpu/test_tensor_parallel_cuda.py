@@ -21,7 +21,7 @@ from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams
 from nanovllm.engine.executor import RANK_ENVIRONMENT
 from nanovllm.engine.rank_worker import join_ranks
 from nanovllm.kernels.layernorm import add_rms_norm
-from nanovllm.layers.parallel import SWITCH, TensorParallel
+from nanovllm.layers.parallel import PULLED_BYTES, SWITCH, TensorParallel
 from tests.gpu.test_engine_cuda import PARAMS, PROMPTS
 from tests.models import make_model
 from tests.unit.test_engine_tensor_parallel import PROGRAM, ROOT, gone, rank_processes, wait_until
@@ -161,9 +161,10 @@ def check_limits(tp: TensorParallel, device: torch.device) -> list[str]:
     """Steps too large for the buffers go through NCCL, and small ones between them do not mind."""
     problems = []
     weight = torch.ones(4096, dtype=torch.bfloat16, device=device)
-    for slot, tokens in ((0, 1024), (1, 1025), (1, 1024), (0, 5)):
+    most = PULLED_BYTES // weight.nbytes  # of two ranks
+    for slot, tokens in ((0, most), (1, most + 1), (1, most), (0, 5)):
         buffer = tp.partial_buffer(slot, tokens, 4096, torch.bfloat16)
-        if (buffer is None) != (tokens > 1024):
+        if (buffer is None) != (tokens > most):
             problems.append(f"{tokens} tokens: buffer is {'None' if buffer is None else 'there'}")
             continue
         x = torch.empty(tokens, 4096, dtype=torch.bfloat16, device=device) if buffer is None else buffer
@@ -244,7 +245,8 @@ def test_a_killed_rank_ends_every_request_within_seconds(victim: int, model: Pat
 
 
 def test_ranks_end_when_their_parent_is_killed(model: Path, tmp_path: Path) -> None:
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), TMPDIR=str(tmp_path))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = dict(os.environ, PYTHONPATH=path, TMPDIR=str(tmp_path))
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(model)], stdout=subprocess.PIPE, text=True, env=environment
     ) as parent:

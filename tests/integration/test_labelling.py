@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from nanovllm.engine.poison import VARIABLE
 from tests.counting import computed
 from tests.integration.jobs import (
     COUNTED,
@@ -218,3 +219,27 @@ def test_the_predictor_gives_the_same_columns(repeated: Path, chat_model_dir: Pa
                 assert re.fullmatch("[a-c]{2,4}", row["x_parsed"])
                 assert row["x_parsed"] == row["x_generated_text"]
     assert rows["x_parsed"].null_count < 120
+
+
+@pytest.mark.long
+def test_copies_of_a_poison_row_are_no_further_deaths(
+    workplace: Path, repeated: Path, chat_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = ["--model", str(chat_model_dir), "--input", str(repeated), *SLOW, "sampling.temperature=0"]
+    plain, poisoned = workplace / "healthy", workplace / "poisoned"
+    # One shard: others that hold the prompt come to their own verdict.
+    settings = [*base, "run.dedupe=true", "run.shard_rows=120", "run.shards_in_flight=1", "engine.max_num_seqs=16"]
+    assert run([*settings, "--output", str(plain)], workplace).returncode == 0
+    assert len(parts(plain)) == 1
+    monkeypatch.setenv(VARIABLE, "raise:fox 3")
+    monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
+    done = run([*settings, "--output", str(poisoned)], workplace)
+    assert done.returncode == 0
+    rows, expected = table_of(poisoned).to_pylist(), table_of(plain).to_pylist()
+    bad = [row for row in rows if row["prompt"] == "fox 3"]
+    assert len(bad) > 5
+    assert {row["error"] for row in bad} == {"the engine died of this row: RuntimeError: poisoned"}
+    others = [row for row in rows if row["prompt"] != "fox 3"]
+    assert others == [row for row in expected if row["prompt"] != "fox 3"]
+    deaths = len(re.findall("the engine died: RuntimeError: poisoned", done.stdout + done.stderr))
+    assert 1 <= deaths <= 4

@@ -35,6 +35,7 @@ ENGINES: list[dict[str, Any]] = [
     {"async_scheduling": False},
     {"num_kvcache_blocks": 8, "max_num_batched_tokens": 9},
     {"tensor_parallel_size": 2},
+    {"chunk_cost": 1.0},  # as where decodes run as CUDA graphs
 ]
 
 
@@ -54,10 +55,13 @@ def test_every_constrained_output_parses(chat_model_dir: Path, monkeypatch: pyte
         for wanted in WANTED
         for seed, temperature in enumerate((0.0, 1.0, 1.0))
     ]
+    params += [SamplingParams(1.0, 90, seed=5, top_p=0.9, structured_outputs=wanted) for wanted in WANTED[:4]]
     prompts = [f"number {number} of the quick brown fox" for number in range(len(params))]
     found = []
     for options in ENGINES:
-        llm = LLM(str(chat_model_dir), kvcache_block_size=16, **options)
+        chunk_cost = options.get("chunk_cost")
+        llm = LLM(str(chat_model_dir), kvcache_block_size=16, **{k: v for k, v in options.items() if k != "chunk_cost"})
+        llm.executor.chunk_cost = chunk_cost or llm.executor.chunk_cost
         outputs = llm.generate(prompts, params, use_tqdm=False)
         steps = llm.steps
         llm.exit()

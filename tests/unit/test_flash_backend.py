@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanovllm.errors import UserError
 from nanovllm.kernels.paged_attention import context_slots, paged_prefill_torch
 from nanovllm.layers.attention import AttentionBatch
 from nanovllm.layers.backends.torch_backend import TorchBackend
@@ -86,13 +87,30 @@ def varlen(
     )
 
 
-@pytest.mark.parametrize("name", ["flash_attn", "flash_attn_interface"])
-@pytest.mark.parametrize(("decodes", "chunks"), [(4, 0), (0, 3), (3, 2)])
-def test_flash_equals_torch(name: str, decodes: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def stand_in(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module `name` with flash-attn's interface."""
     module: Any = ModuleType(name)
     module.__spec__ = ModuleSpec(name, loader=None)
     module.flash_attn_with_kvcache, module.flash_attn_varlen_func = with_kvcache, varlen
     monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_blocks_that_version_2_cannot_read_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanovllm.layers.backends.flash_backend import FlashBackend
+
+    stand_in("flash_attn", monkeypatch)
+    backend = FlashBackend(4, 2, 32)
+    backend.check_block_size(256)
+    with pytest.raises(UserError, match=r"kvcache_block_size=64.*set kvcache_block_size=256"):
+        backend.check_block_size(64)
+    stand_in("flash_attn_interface", monkeypatch)
+    FlashBackend(4, 2, 32).check_block_size(64)
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn_interface"])
+@pytest.mark.parametrize(("decodes", "chunks"), [(4, 0), (0, 3), (3, 2)])
+def test_flash_equals_torch(name: str, decodes: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(name, monkeypatch)
     from nanovllm.layers.backends.flash_backend import FlashBackend
 
     generator = torch.Generator().manual_seed(decodes)

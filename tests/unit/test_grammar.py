@@ -19,7 +19,15 @@ import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nanovllm.engine.grammar import Grammar, GrammarCompiler, GrammarState, allow_all, allow_only, grammar_problem
+from nanovllm.engine.grammar import (
+    STATES_PER_MATCHER,
+    Grammar,
+    GrammarCompiler,
+    GrammarState,
+    allow_all,
+    allow_only,
+    grammar_problem,
+)
 from nanovllm.engine.reasoning import Constraint, ReasoningGate, ThinkTags
 from nanovllm.errors import UserError
 from nanovllm.structured_outputs import StructuredOutputsParams, parsed_value
@@ -423,7 +431,7 @@ def accepts(grammar: Grammar, tokenizer: PreTrainedTokenizerBase, text: str) -> 
 
 
 def copy_of(state: GrammarState) -> GrammarState:
-    return GrammarState(state.matcher.deep_copy(), EOS, state._free_words)
+    return GrammarState(state.matcher.deep_copy(), state.family, EOS, state._free_words)
 
 
 def states_of_walks(compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase, count: int) -> list[GrammarState]:
@@ -568,6 +576,16 @@ def test_filling_many_is_filling_each(tokenizer: PreTrainedTokenizerBase, thread
     for prompt, inner in (("x", grammar.start()), ("</think>", grammar.start()), ("x", None)):
         states.append(ReasoningGate(tags, tokenizer.encode(prompt), inner, None, VOCAB, EOS))
     states.append(ReasoningGate(tags, [], grammar.start(), 0, VOCAB, EOS))
+    # So many of one grammar that they are spread over several compiled forms.
+    same = compiler.compile(params(regex="[a-z]{1,9}[0-9]+"))
+    for number in range(3 * STATES_PER_MATCHER):
+        states.append(state := same.start())
+        for letter in "abcdefgh"[: number % 9]:
+            assert state.accept(tokenizer.encode(letter)[0])
+    assert (
+        len({state.family for state in states if isinstance(state, GrammarState)} & {*map(id, same._matchers)})
+        == threads
+    )
     random.Random(0).shuffle(states)
     out = np.full((len(states) + 3, compiler.mask_words), 0x5A5A5A5A, np.int32)
     compiler.fill_masks(states, out)

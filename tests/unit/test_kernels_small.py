@@ -16,6 +16,7 @@ from nanovllm.kernels.layernorm import add_rms_norm, add_rms_norm_torch
 from nanovllm.kernels.qk_norm_rope import qk_norm_rope_store, qk_norm_rope_store_torch
 from nanovllm.kernels.sampling import (
     LEAST_KEY,
+    RowMasks,
     _gumbel,
     _noise_key,
     gumbel_noise,
@@ -334,6 +335,33 @@ def test_shards_join_by_maximum(vocab_size: int, ranks: int) -> None:
         if columns * (ranks - 1) >= vocab_size:
             assert bool((parts[-1] == LEAST_KEY).all())
     assert torch.equal(keys_to_tokens(whole), exact_tokens(logits[:, :vocab_size], *state))
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(sample_keys, marks=needs_triton), sample_keys_torch])
+def test_masks_of_some_rows(kernel: Callable[..., torch.Tensor]) -> None:
+    """Rows with a mask sample as if all else had no probability, in each shard of the vocabulary; the others as without masks."""
+    count, vocab_size, ranks = 9, 5001, 2
+    logits, state, rows = randn(count, vocab_size), make_state(count), torch.arange(count, device=DEVICE)
+    index = torch.tensor([2, -1, 0, 1, -1, 3, -1, -1, 4], device=DEVICE)
+    allowed = randint(2, 5, 157 * 32) == 1
+    allowed[3, :vocab_size] = False
+    allowed[3, 4990] = True
+    bits = (allowed.long().view(5, 157, 32) << torch.arange(32, device=DEVICE)).sum(-1)
+    masks = RowMasks(torch.where(bits >= 2**31, bits - 2**32, bits).int(), index)
+    ruled_out = logits.clone()
+    for row, mask in enumerate(index.tolist()):
+        if mask >= 0:
+            ruled_out[row, ~allowed[mask, :vocab_size]] = -math.inf
+    expected = sample_keys_torch(ruled_out, rows, *state)
+    columns = -(-vocab_size // ranks)
+    parts = [
+        kernel(logits[:, start : start + columns], rows, *state, start, vocab_size, masks=masks)
+        for start in range(0, columns * ranks, columns)
+    ]
+    assert_keys_match(torch.stack(parts).amax(0), expected)
+    assert keys_to_tokens(expected)[5] == 4990
+    unmasked = sample_keys_torch(logits, rows, *state)
+    assert bool(((unmasked == expected) | (index >= 0)).all()) and bool((unmasked != expected).any())
 
 
 @pytest.mark.parametrize("kernel", [pytest.param(sample_keys, marks=needs_triton), sample_keys_torch])

@@ -267,3 +267,23 @@ def test_minus_infinity_is_a_log_probability() -> None:
         columns({"logprobs": 0}).table([row_result(output("t", 1, logprobs=[{1: Logprob(-math.inf, 5, "x")}]))])
     )
     assert row["logprobs"][0][0]["logprob"] == -math.inf
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([{"x": 1, "y": None}, None]),
+        pa.array(["a", None]).dictionary_encode(),
+        pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int64())),
+        pa.array(["a", None], pa.string_view()),
+        pa.array([["a"], None], pa.list_(pa.string_view())),
+        pa.nulls(2),
+    ],
+    ids=lambda column: str(column.type)[:30],
+)
+def test_input_columns_of_any_type_are_repeated(column: pa.Array) -> None:
+    source = pa.table({"c": pa.chunked_array([column.slice(0, 1), column.slice(1)])})
+    results = [row_result(SAMPLES), failed_row("bad")]
+    rows = columns({"n": 2}, samples="rows").extend(source, results)
+    assert rows.schema.field("c") == source.schema.field("c")
+    assert rows["c"].to_pylist() == [value for value in column.to_pylist() for _ in range(2)]

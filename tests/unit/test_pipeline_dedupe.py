@@ -87,6 +87,15 @@ def test_other_requests_are_their_own(prompt: str | list[int], params: dict[str,
     assert len(engine.started) == 2
 
 
+def test_a_text_is_not_the_token_ids_that_it_spells() -> None:
+    engine = SlowEngine()
+    once = Deduplicated(engine)
+    prompts: list[str | list[int]] = ["[97]", [97], "[97]", [97]]
+    for prompt in prompts:
+        once.submit(prompt, GREEDY)
+    assert [prompt for prompt, _ in engine.started] == ["[97]", [97]]
+
+
 def test_what_is_drawn_by_chance_is_never_shared() -> None:
     engine = SlowEngine()
     once = Deduplicated(engine)

@@ -72,7 +72,9 @@ def reference(path: Path, prompt: list[int], params: SamplingParams, bad: list[l
         scores = model(torch.tensor([ids])).logits[:, -1].float()
         made = torch.tensor([ids[len(prompt) :]], dtype=torch.int64)
         if bad:  # of the output alone: HF's looks at the prompt too
-            scores = hf.NoBadWordsLogitsProcessor(bad)(made, scores)
+            # Some releases pass over words that are longer than what there is.
+            padding = torch.full((1, max(map(len, bad))), -1)
+            scores = hf.NoBadWordsLogitsProcessor(bad)(torch.cat((padding, made), dim=1), scores)
         scores = processors(params, len(prompt), scores.shape[1], eos)(torch.tensor([ids]), scores)
         counts = torch.bincount(made[0], minlength=scores.shape[1])
         scores = scores - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
@@ -219,7 +221,8 @@ def check_logprobs(llm: LLM, found: list[Any], token_ids: list[int], truth: torc
     for at, entries in enumerate(found, start):
         row = truth[at - 1]
         best = row.topk(max(top, 1)).indices.tolist()[:top]
-        assert {*entries} == {token_ids[at], *best}
+        # The token that is there, then the likeliest ones: what a column of lists must tell apart.
+        assert [*entries] == [token_ids[at], *(token for token in best if token != token_ids[at])]
         for token, entry in entries.items():
             assert entry.logprob == pytest.approx(row[token].item(), abs=1e-4)
             assert entry.rank == int((row > row[token]).sum()) + 1
@@ -266,6 +269,8 @@ def test_filters_equal_transformers(use: str) -> None:
     """Rows of many kinds: flat, peaked, with ties, with banned tokens, and several thousand columns for several blocks."""
     if use == "kernel" and not HAS_TRITON:
         pytest.skip("Triton is not installed")
+    # The interpreter takes tensors of the host, a GPU's kernel none.
+    device = "cuda" if use == "kernel" and torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     for columns, spread in ((17, 1.0), (1024, 4.0), (2500, 0.3), (2500, 8.0)):
         rows = 6
@@ -288,6 +293,8 @@ def test_filters_equal_transformers(use: str) -> None:
             expected[i, logits[i] == logits[i, kept > -math.inf].min()] = logits[i, kept > -math.inf].min()
         found = logits.clone()
         order = torch.randperm(rows, generator=generator)
-        arguments = (found, order, temperatures[order], top_k[order], top_p[order], min_p[order])
+        arguments = [found, order, temperatures[order], top_k[order], top_p[order], min_p[order]]
+        arguments = [tensor.to(device) for tensor in arguments]
         (filter_logits if use == "kernel" else filter_logits_torch)(*arguments)
+        found = arguments[0].cpu()
         assert torch.equal(found, expected), (columns, (found != expected).nonzero())

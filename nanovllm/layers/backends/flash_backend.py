@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 
+from nanovllm.errors import UserError
 from nanovllm.layers.attention import AttentionBackend, AttentionBatch
 from nanovllm.utils.transfer import to_device
 
@@ -48,6 +49,14 @@ class FlashBackend(AttentionBackend):
         module = import_module("flash_attn_interface" if self.version == 3 else "flash_attn")
         self.with_kvcache: Callable[..., torch.Tensor] = module.flash_attn_with_kvcache
         self.varlen: Callable[..., torch.Tensor] = module.flash_attn_varlen_func
+
+    def check_block_size(self, block_size: int) -> None:
+        """See `AttentionBackend.check_block_size`."""
+        if self.version == 2 and block_size % 256:
+            raise UserError(
+                f"kvcache_block_size={block_size}: flash-attn 2 reads blocks of 256 tokens only; set kvcache_block_size=256, "
+                "or attention_backend=auto"
+            )
 
     def plan(self, batch: AttentionBatch) -> FlashPlan:
         """See `AttentionBackend.plan`."""
