@@ -91,6 +91,8 @@ class SimulatedEngine:
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
 
+    tokenizer = None
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
         return list(text.encode())
@@ -285,6 +287,7 @@ class WatchedEngine:
         self._rows = 0
 
     max_prompt_len = property(lambda self: self._engine.max_prompt_len)
+    tokenizer = property(lambda self: self._engine.tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""

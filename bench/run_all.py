@@ -54,6 +54,7 @@ def plan(gpu: bool, peer_arguments: list[str]) -> list[Step]:
         steps.append(Step(f"throughput_{name}_{where}", "throughput.py", ["--workload", name, *size]))
     steps.append(Step(f"kernels_{where}", "kernels.py", []))
     steps.append(Step(f"plan_{where}", "plan.py", []))
+    steps.append(Step(f"prompts_{where}", "prompts.py", []))
     small = ["--shape", "qwen3-42m"]
     steps.append(Step(f"correctness_{where}", "correctness.py", [] if gpu else [*small, "--contexts", "40", "300"]))
     steps.append(Step(f"startup_{where}", "startup.py", [] if gpu else small))

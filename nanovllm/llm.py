@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Sized
 from typing import Any
 
@@ -10,10 +11,10 @@ from tqdm.auto import tqdm
 
 from nanovllm.engine.llm_engine import LLMEngine, Prompt
 from nanovllm.errors import UserError
-from nanovllm.outputs import RequestOutput
+from nanovllm.outputs import RequestOutput, error_output
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.chat import ChatError, ChatRenderer, Message
 
-Message = dict[str, Any]
 # Most prompts taken in before a step.
 PROMPTS_PER_STEP = 128
 
@@ -80,28 +81,52 @@ class LLM(LLMEngine):
         messages: list[Message] | list[list[Message]],
         sampling_params: SamplingParams | Sized[SamplingParams] | None = None,
         use_tqdm: bool = True,
-        **chat_template_kwargs: Any,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **template_variables: Any,
     ) -> list[RequestOutput]:
-        """Generate the next turn of one or several conversations through the model's chat template.
+        """Generate the next turn of one or several conversations through a chat template.
 
         Args:
             messages: a conversation (list of {"role", "content"}) or a list of them.
-            chat_template_kwargs: passed to the template, for example `enable_thinking=False`.
+            sampling_params: one for all conversations, or one each.
+            use_tqdm: show progress and tokens a second.
+            chat_template: used instead of the model's own.
+            add_generation_prompt: end the prompt with the beginning of the assistant's turn.
+            continue_final_message: leave the last message open and go on with it; needs `add_generation_prompt=False`.
+            chat_template_kwargs: variables of the template, for example `{"enable_thinking": False}`.
+            template_variables: the same, as arguments.
+
+        Returns:
+            One `RequestOutput` a conversation; one that the template refuses has `finish_reason` "error".
 
         Raises:
-            UserError: the model has no tokenizer or no chat template.
+            UserError: the model has no tokenizer or no chat template, or options do not go together.
         """
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise UserError(f"{self.config.model} has no chat template; render the prompts yourself and call generate")
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts = [
-            # The template writes the special tokens; encoding its text again would add some twice.
-            self.tokenizer.apply_chat_template(
-                conversation, tokenize=True, return_dict=False, add_generation_prompt=True, **chat_template_kwargs
-            )
-            for conversation in conversations
-        ]
-        return self.generate(prompts, sampling_params, use_tqdm)
+        chat = ChatRenderer(
+            self.tokenizer,
+            self.config.model,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_variables={**(chat_template_kwargs or {}), **template_variables},
+        )
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        params = _one_each(sampling_params, len(conversations))
+        prompts: list[Prompt] = []
+        failed: dict[int, RequestOutput] = {}
+        for number, conversation in enumerate(conversations):
+            try:
+                prompts.append(chat.token_ids(conversation))
+            except ChatError as error:
+                failed[number] = error_output(str(error))
+        fine = [number for number in range(len(conversations)) if number not in failed]
+        outputs = dict(zip(fine, self.generate(prompts, [params[number] for number in fine], use_tqdm), strict=True))
+        outputs |= failed
+        return [outputs[number] for number in range(len(conversations))]
 
 
 def _one_each(params: SamplingParams | Sized[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -15,7 +15,7 @@ class Logprob(NamedTuple):
     decoded_token: str | None
 
 
-# Of one token position: the token that is there, and as many of the likeliest as were asked for, by id.
+# Of one token position, by id: first the token that is there, then as many of the likeliest as were asked for.
 TokenLogprobs = dict[int, Logprob]
 
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import TYPE_CHECKING
+
 from nanovllm.config import EngineConfig
 from nanovllm.errors import UserError
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.registry import ARCHITECTURES
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.hub import resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Options that a model's tokenizer or vocabulary may rule out.
+MODEL_OPTIONS = ("structured_outputs", "labels", "allowed_token_ids", "logit_bias", "bad_words", "stop")
 
 
 def check_model(config: EngineConfig) -> ModelConfig:
@@ -31,6 +41,38 @@ def check_model(config: EngineConfig) -> ModelConfig:
             model = model_class(model_config, TensorParallel(), TorchBackend(1, 1, 1), max_position=1)
         check_checkpoint(model_dir, model)
     return model_config
+
+
+def check_sampling(
+    config: EngineConfig,
+    params: SamplingParams,
+    model: ModelConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Refuse what every request with `params` would be refused for: a structured output that cannot be compiled, labels of
+    the same tokens, token ids that the model lacks.
+
+    Args:
+        config: of the engine.
+        params: with no `problem()`.
+        model, tokenizer: of the model where the caller has them; they are loaded where not and where `params` need them.
+
+    Raises:
+        UserError: one line that says why.
+    """
+    if all(getattr(params, name) is None for name in MODEL_OPTIONS):
+        return
+    from nanovllm.engine.request_maker import RequestMaker
+    from nanovllm.utils.tokenizer import load_tokenizer
+
+    model = model or ModelConfig.from_dir(resolve_model(config.model), ARCHITECTURES)
+    tokenizer = tokenizer or load_tokenizer(config)
+    blocks = -(-config.max_model_len // config.kvcache_block_size)
+    maker = RequestMaker(config, model, tokenizer, config.max_model_len, blocks)
+    # Whether a budget for thinking has anything to limit is told by a row's prompt.
+    made = maker.make([0], dataclasses.replace(params, thinking_budget=None, n=1))
+    if isinstance(made, dict) and made["error"] is not None:
+        raise UserError(f"sampling: {made['error']}")
 
 
 def check_tensor_parallel(model: ModelConfig, size: int) -> None:

@@ -39,7 +39,8 @@ class SamplingParams:
         min_p: leave out tokens whose probability is below this part of the likeliest one's.
         repetition_penalty: above 1, tokens of the prompt and the output become less likely: a logit is divided by it where
             positive, else multiplied.
-        presence_penalty: taken off the logit of every token that is in the output; frequency_penalty: for each time it is there.
+        presence_penalty: taken off the logit of every token that is in the output.
+        frequency_penalty: taken off the logit of a token for each time it is in the output.
         min_tokens: end-of-sequence and stop tokens cannot be sampled, and stop strings do not count, before so many tokens.
         bad_words: strings whose tokens are never generated, at the beginning of a word or inside.
         logit_bias: added to the logits of token ids.

@@ -126,6 +126,25 @@ def diagnose(attempts: Iterable[Attempt], unfinished: Sequence[int], known: int)
     return found
 
 
+def spread(found: Diagnosis, asked: Sequence[object], unfinished: Iterable[int]) -> None:
+    """What is true of a row is true of those that ask for the same: where equal rows run once, a death is that of all of them.
+
+    Args:
+        found: is extended.
+        asked: what each row asks for, by position; equal and hashable.
+        unfinished: positions of the rows to look at.
+    """
+    reasons = {asked[row]: reason for row, reason in found.poison.items()}
+    suspects = {asked[row] for row in found.suspects}
+    for row in unfinished:
+        if asked[row] in reasons:
+            found.poison.setdefault(row, reasons[asked[row]])
+        elif asked[row] in suspects:
+            found.suspects.add(row)
+    found.suspects -= found.poison.keys()
+    found.narrowed -= found.poison.keys()
+
+
 def groups(suspects: Iterable[int], narrowed: Iterable[int]) -> list[list[int]]:
     """In which order to try suspects: groups first, so that what is innocent is finished soon, then one by one."""
     alone = set(narrowed)

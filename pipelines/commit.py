@@ -3,6 +3,7 @@
 Workers journal and commit through `OutputDirectory`; the driver creates it, asks it what is left to do, and finishes it.
 
     OUT/part-00000.parquet ...   committed shards, one file each, named by the plan
+    OUT/_results.jsonl           answers to requests, where the input is of OpenAI's batch format; see `batch_results`
     OUT/_SUCCESS                 every shard is there and the row counts add up
     OUT/_run/                    job.json, plan.parquet, input.parquet, config.yaml, report.json, report.html
     OUT/_run/journal/<shard>/    finished rows of shards in flight, one file an attempt; <shard>.attempts: see `attempts`
@@ -20,7 +21,7 @@ import struct
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,7 +41,7 @@ T = TypeVar("T")
 MAGIC = b"nvR1"
 HEADER = struct.Struct("<4sQQ")  # magic, length of the payload, xxh64 of the payload
 CHECK_THREADS = 32
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 
 class JobFile(NamedTuple):
@@ -278,6 +279,10 @@ class OutputDirectory:
         """Write a file of `_run/`."""
         put(self.run.child(name), data, self._scratch)
 
+    def put_top(self, name: str, pieces: Iterable[bytes]) -> None:
+        """Write a file beside the shards, piece by piece."""
+        put(self.place.child(name), pieces, self._scratch)
+
     def ledger(self) -> Location:
         """Where drivers record what committed shards counted."""
         return self.run.child("ledger")
@@ -286,25 +291,32 @@ class OutputDirectory:
         """Whether an earlier start finished the job."""
         return exists(self.place.child("_SUCCESS"))
 
-    def finish(self, shards: Sequence[Shard], confirm: Callable[[], object] = lambda: None, retries: int = 0) -> None:
+    def finish(
+        self,
+        shards: Sequence[Shard],
+        confirm: Callable[[], object] = lambda: None,
+        retries: int = 0,
+        rows_each: int = 1,
+    ) -> None:
         """Check that every planned shard has a file with its number of rows, mark success, and tidy up.
 
         `confirm` is called between the check, which takes a while, and the mark, and raises where the mark is not due.
-        `retries` is how often each request that fails is made again.
+        `retries` is how often each request that fails is made again. `rows_each` is how many output rows an input row has.
 
         Raises:
             OSError: a file is missing, unreadable or has another number of rows; nothing is marked.
         """
 
         def rows_are(shard: Shard) -> bool:
-            return retrying(lambda: self.part_rows(shard.index), retries) == shard.rows
+            return retrying(lambda: self.part_rows(shard.index), retries) == shard.rows * rows_each
 
         with ThreadPoolExecutor(CHECK_THREADS) as pool:
             for shard, right in zip(shards, pool.map(rows_are, shards), strict=True):
                 if not right:
-                    raise OSError(f"{self.part(shard.index).path} does not hold the {shard.rows} rows planned for it")
+                    rows = shard.rows * rows_each
+                    raise OSError(f"{self.part(shard.index).path} does not hold the {rows} rows planned for it")
         confirm()
-        summary = {"rows": sum(shard.rows for shard in shards), "files": len(shards)}
+        summary = {"rows": sum(shard.rows for shard in shards) * rows_each, "files": len(shards)}
         mark = json.dumps(summary).encode() + b"\n"
         retrying(lambda: put(self.place.child("_SUCCESS"), mark, self._scratch), retries)
         with contextlib.suppress(OSError):  # what is left over harms nobody
@@ -316,6 +328,11 @@ class OutputDirectory:
     def part(self, index: int) -> Location:
         """The file of a shard."""
         return self.place.child(f"part-{index:05d}.parquet")
+
+    def committed_at(self, index: int) -> int:
+        """Seconds since 1970 at which a shard's file was written; 0 where the store does not say."""
+        place = self.part(index)
+        return (place.fs.get_file_info(place.path).mtime_ns or 0) // 1_000_000_000
 
     def part_rows(self, index: int) -> int | None:
         """Rows in a shard's file, from its footer; None where there is no file."""

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.columns import OutputColumns
 
 COUNTED = ("finish_reason", "num_input_tokens", "num_generated_tokens", "error")
 BUCKETS = 24  # of the length histograms: bucket i holds lengths from 2**(i-1) to 2**i - 1, bucket 0 holds 0
@@ -17,9 +20,13 @@ BUCKETS = 24  # of the length histograms: bucket i holds lengths from 2**(i-1) t
 
 @dataclass
 class Counts:
-    """Sums over rows. Histograms count rows by the bit length of their number of tokens."""
+    """Sums over input rows, and over their samples: finish reasons and generated tokens are of samples, all else is of rows.
+
+    Histograms count by the bit length of a number of tokens. A row one of whose samples failed is a row with an error.
+    """
 
     rows: int = 0
+    samples: int = 0
     error_rows: int = 0
     input_tokens: int = 0
     generated_tokens: int = 0
@@ -32,6 +39,7 @@ class Counts:
     def add(self, other: Counts) -> None:
         """Add the rows of `other` to these."""
         self.rows += other.rows
+        self.samples += other.samples
         self.error_rows += other.error_rows
         self.input_tokens += other.input_tokens
         self.generated_tokens += other.generated_tokens
@@ -51,21 +59,37 @@ class Counts:
         return cls(**values)
 
 
-def count_rows(table: pa.Table, prefix: str) -> Counts:
-    """Count rows of an output file; `table` has the columns `COUNTED`, named with `prefix`, and perhaps others."""
-    reasons, inputs, generated, errors = (table[prefix + name] for name in COUNTED)
-    failed = [error_kind(message) for message in errors.drop_null().to_pylist()]
-    cached = prefix + "num_cached_tokens"
+def counted(columns: OutputColumns) -> list[str]:
+    """The columns of an output that `count_rows` needs."""
+    return [columns.name(name) for name in COUNTED]
+
+
+def count_rows(table: pa.Table, columns: OutputColumns) -> Counts:
+    """Count rows of an output file; `table` has the `counted` columns, and perhaps others."""
+    reasons, inputs, generated, errors = (table[name] for name in counted(columns))
+    if columns.lists:
+        reasons, generated = (
+            pa.chunked_array([chunk.flatten() for chunk in c.chunks], c.type.value_type) for c in (reasons, generated)
+        )
+    first = slice(None, None, columns.rows_each)  # of the rows that one input row became
+    prompts = inputs.to_numpy()[first]
+    messages = errors.to_pylist()
+    if columns.exploded:
+        starts = range(0, len(messages), columns.n)
+        messages = [next(filter(None, messages[start : start + columns.n]), None) for start in starts]
+    failed = [error_kind(message) for message in messages if message is not None]
+    cached = columns.name("num_cached_tokens")
     return Counts(
-        rows=table.num_rows,
+        rows=len(prompts),
+        samples=len(reasons),
         error_rows=len(failed),
-        input_tokens=_total(inputs),
-        generated_tokens=_total(generated),
-        cached_tokens=_total(table[cached]) if cached in table.column_names else 0,
+        input_tokens=int(prompts.sum(dtype=np.int64)),
+        generated_tokens=int(generated.to_numpy().sum(dtype=np.int64)),
+        cached_tokens=int(table[cached].to_numpy()[first].sum(dtype=np.int64)) if cached in table.column_names else 0,
         finish_reasons=dict(Counter(reasons.to_pylist())),
         errors=dict(Counter(failed)),
-        input_lengths=_histogram(inputs),
-        generated_lengths=_histogram(generated),
+        input_lengths=_histogram(prompts),
+        generated_lengths=_histogram(generated.to_numpy()),
     )
 
 
@@ -74,14 +98,10 @@ def error_kind(message: str) -> str:
     return re.sub(r"\d+", "N", message)
 
 
-def _total(column: pa.ChunkedArray) -> int:
-    return int(np.sum(column.to_numpy(), dtype=np.int64))
-
-
-def _histogram(column: pa.ChunkedArray) -> list[int]:
-    bits = np.ceil(np.log2(column.to_numpy().astype(np.float64) + 1)).astype(np.int64)
-    counted: list[int] = np.bincount(np.minimum(bits, BUCKETS - 1), minlength=BUCKETS).tolist()
-    return counted
+def _histogram(lengths: NDArray[np.int32]) -> list[int]:
+    bits = np.ceil(np.log2(lengths.astype(np.float64) + 1)).astype(np.int64)
+    buckets: list[int] = np.bincount(np.minimum(bits, BUCKETS - 1), minlength=BUCKETS).tolist()
+    return buckets
 
 
 def _sum(left: Sequence[int], right: Sequence[int]) -> list[int]:

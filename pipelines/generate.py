@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,17 +26,20 @@ if __name__ == "__main__":  # run as a script: the repository is the root of imp
 import pyarrow as pa
 
 from cluster.placement import Placement, local_gpus, place
-from nanovllm import UserError
+from nanovllm import SamplingParams, UserError
+from pipelines.batch_results import NAME as RESULTS
+from pipelines.batch_results import BatchResults
+from pipelines.columns import OutputColumns, check_names, output_columns
 from pipelines.commit import JobFile, OutputDirectory, RecordLog, backoff_s, output_schema, read_records, retrying
-from pipelines.counts import COUNTED, Counts, count_rows
+from pipelines.counts import Counts, count_rows, counted
 from pipelines.inputs import Dataset, list_dataset, measure, read_rows
 from pipelines.job import Command, JobConfig, load
 from pipelines.lease import Lease, LeaseLost
 from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
-from pipelines.prompts import RowError, check_column, prompt_values, render
 from pipelines.report import build_report, to_html, to_json
-from pipelines.results import check_names
+from pipelines.requests import Requests, per_row_parameters
+from pipelines.row_values import RowError
 from pipelines.rows import Engine
 from pipelines.stop import GO_ON, Stopped, StopSignals
 from pipelines.storage import exists, resolve
@@ -44,6 +47,7 @@ from pipelines.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+    from transformers import PreTrainedTokenizerBase
 
     from pipelines.worker import ShardResult
 
@@ -67,6 +71,7 @@ class Job(NamedTuple):
     dataset: Dataset
     identity: Identity
     schema: pa.Schema
+    columns: OutputColumns
     shards: list[Shard]
     owner: JobFile | None  # the job's mark in the output directory; None where this is its first start
 
@@ -101,13 +106,12 @@ def _run(command: Command, engine: Callable[..., Engine] | None) -> int:
     except OSError as error:
         raise UserError(f"input or output cannot be reached: {_one_line(error)}") from None
     if command.dry_run:
-        _check_model(config)
-        _show_plan(job)
+        _show_plan(job, _check_model(job))
         return 0
     if job.owner is not None and output.succeeded():
         _say_finished(job)
     else:
-        _check_model(config)
+        _check_model(job)
         run_job(job, output, engine)
     if command.demo:
         _show_demo(output, config, job.shards)
@@ -127,7 +131,7 @@ def check(config: JobConfig, output: OutputDirectory) -> Job:
     Raises:
         UserError: one line about the first thing that is wrong.
     """
-    dataset = list_dataset(config.input)
+    dataset = list_dataset(config.input, config.format)
     _check_apart(config, dataset, output)
     owner = output.job()
     now = identity(config, dataset)
@@ -139,11 +143,13 @@ def check(config: JobConfig, output: OutputDirectory) -> Job:
                 f"output {config.output!r} belongs to another job: {differing[0]}{more}; "
                 "give a new output directory, or the settings it was begun with"
             )
-        return Job(config, dataset, now, owner.schema, output.shards(), owner)
+        columns = output_columns(config, per_row_parameters(config, owner.schema))
+        return Job(config, dataset, now, owner.schema, columns, output.shards(), owner)
     schema, facts = measure(dataset)
-    check_column(schema, config.prompt)
-    check_names(output_schema(schema, config.columns.keep).names, config.columns)
-    return Job(config, dataset, now, schema, make_shards(config, dataset.files, facts), None)
+    Requests(config, schema)
+    columns = output_columns(config, per_row_parameters(config, schema))
+    check_names(output_schema(schema, config.columns.keep).names, columns)
+    return Job(config, dataset, now, schema, columns, make_shards(config, dataset.files, facts), None)
 
 
 def _check_apart(config: JobConfig, dataset: Dataset, output: OutputDirectory) -> None:
@@ -159,13 +165,15 @@ def _check_apart(config: JobConfig, dataset: Dataset, output: OutputDirectory) -
         raise UserError(f"output {config.output!r} is inside the input {config.input!r}; give a directory outside it")
 
 
-def _check_model(config: JobConfig) -> None:
-    """Refuse a model that no engine could load. Imports torch, so it comes after what is cheaper."""
-    from nanovllm.preflight import check_model
+def _check_model(job: Job) -> tuple[Requests, PreTrainedTokenizerBase]:
+    """Refuse a model that no engine could load, or that cannot take the prompts. Imports torch, so it comes after what is cheaper."""
+    from nanovllm.preflight import check_model, check_sampling
     from nanovllm.utils.tokenizer import load_tokenizer
 
+    config = job.config
     model = check_model(config.engine)
-    if load_tokenizer(config.engine) is None:
+    tokenizer = load_tokenizer(config.engine)
+    if tokenizer is None:
         raise UserError(f"model {config.model!r} has no tokenizer; put its tokenizer.json into the directory")
     longest = min(config.engine.max_model_len, model.rope.max_position(model.max_position_embeddings))
     if config.prompt.too_long != "error" and config.sampling.max_tokens >= longest:
@@ -173,33 +181,47 @@ def _check_model(config: JobConfig) -> None:
             f"sampling.max_tokens={config.sampling.max_tokens} leaves no room for a prompt in {longest} tokens, to which "
             f"prompt.too_long={config.prompt.too_long} would cut it; lower it or raise engine.max_model_len"
         )
+    check_sampling(config.engine, config.sampling, model, tokenizer)
+    requests = Requests(config, job.schema, config.run.seed)
+    requests.attach(tokenizer, config.model)
+    return requests, tokenizer
 
 
-def _show_plan(job: Job) -> None:
+def _show_plan(job: Job, ready: tuple[Requests, PreTrainedTokenizerBase]) -> None:
     """What `--dry-run` prints: the plan, and the first prompts with their length in tokens."""
-    from nanovllm.utils.tokenizer import load_tokenizer
-
+    requests, tokenizer = ready
     rows = sum(shard.rows for shard in job.shards)
     print(f"input    {rows:,} rows in {len(job.dataset.files):,} {job.dataset.format} files")
-    print(f"output   {len(job.shards):,} files of up to {max(shard.rows for shard in job.shards):,} rows")
+    most = max(shard.rows for shard in job.shards) * job.columns.rows_each
+    print(f"output   {len(job.shards):,} files of up to {most:,} rows")
     kept = output_schema(job.schema, job.config.columns.keep)
-    print(f"columns  {', '.join(f'{field.name} {field.type}' for field in kept)}")
+    print(f"columns  {', '.join(f'{field.name} {field.type}' for field in (*kept, *job.columns.schema))}")
     first = job.shards[0]
     wanted = first.row_range._replace(rows=min(3, first.rows)) if job.dataset.format == "parquet" else first.row_range
-    column = pa.schema([job.schema.field(job.config.prompt.column)])
+    columns = pa.schema([job.schema.field(name) for name in requests.columns])
     try:
-        table = read_rows(job.dataset.root, job.dataset.format, wanted, column)
+        table = read_rows(job.dataset.root, job.dataset.format, wanted, columns)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"input file {first.file!r} cannot be read: {_one_line(error)}") from None
-    tokenizer = load_tokenizer(job.config.engine)
-    assert tokenizer is not None  # _check_model has refused a model without one
-    for value in prompt_values(table[column.names[0]])[:3]:
+    for row in requests.rows(table.slice(0, 3)):
         try:
-            prompt = render(value)
-            print(f"prompt   {len(tokenizer.encode(prompt))} tokens: {prompt!r}")
+            prompt, params = requests.request(row, 0)
         except RowError as error:
             print(f"prompt   an error row: {error}")
+            continue
+        if isinstance(prompt, str):
+            print(f"prompt   {len(tokenizer.encode(prompt))} tokens: {prompt!r}")
+        else:
+            print(f"prompt   {len(prompt)} tokens: {tokenizer.decode(prompt)!r}")
+        if params.problem() is None and (differing := _differing(params, job.config.sampling)):
+            print(f"         with {differing}")
     print("all checks passed; nothing was written and no engine was started")
+
+
+def _differing(params: SamplingParams, usual: SamplingParams) -> str:
+    """The parameters that a row sets, in words; its seed follows from its place."""
+    names = (field.name for field in fields(SamplingParams) if field.name != "seed")
+    return ", ".join(f"{n}={getattr(params, n)!r}" for n in names if getattr(params, n) != getattr(usual, n))
 
 
 # The run
@@ -365,6 +387,7 @@ class Run:
         self._written_at = time.monotonic()
         self._failures: dict[str, str] = {}
         self._reused_rows = 0
+        self._copied_rows = 0
         self._results: list[dict[str, Any]] = []
 
     def execute(self, pending: Sequence[Shard], stop: StopSignals) -> None:
@@ -460,6 +483,7 @@ class Run:
         self._lease.check()
         if result.status == "fatal":
             raise JobFailed(f"{result.reason}; {MEND}")
+        self._copied_rows += result.copied_rows
         if result.status == "apart":
             self._apart.append(shard)
             return
@@ -525,6 +549,7 @@ class Run:
             seconds=self._progress.seconds,
             resumed_rows=resumed_rows,
             reused_rows=self._reused_rows,
+            copied_rows=self._copied_rows,
             samples=self._progress.as_list(),
             shards=self._results[-1000:],
             failures=self._failures,
@@ -534,7 +559,8 @@ class Run:
             retrying(lambda: self._output.put_run("report.json", to_json(report)), retries)
             retrying(lambda: self._output.put_run("report.html", to_html(report)), retries)
             if not self._failures:
-                self._output.finish(self._job.shards, self._confirm, retries)
+                self._answer()
+                self._output.finish(self._job.shards, self._confirm, retries, self._job.columns.rows_each)
         except OSError as error:
             raise JobFailed(f"the job could not be finished: {_one_line(error)}; {MEND}") from None
         if self._failures:
@@ -544,12 +570,31 @@ class Run:
                 "start again to try them again"
             )
         seconds = self._progress.seconds
+        copies = f", {self._copied_rows:,} copies" if self._config.run.dedupe else ""
         rate = f", {report['this_start']['generated_tokens'] / seconds:,.0f} tok/s" if seconds else ""
         print(
-            f"finished: {counts.rows:,} rows ({counts.error_rows:,} with an error), {counts.input_tokens:,} tokens in, "
+            f"finished: {counts.rows:,} rows ({counts.error_rows:,} with an error{copies}), {counts.input_tokens:,} tokens in, "
             f"{counts.generated_tokens:,} out, {duration(seconds)}{rate}"
         )
         print(f"output   {self._config.output}\nreport   {self._output.run.child('report.html').path}", flush=True)
+
+    def _answer(self) -> None:
+        """Write the answers to the requests of a batch, where the input is one.
+
+        Raises:
+            OSError: a shard cannot be read, or the file not written.
+        """
+        if self._config.format != "openai_batch":
+            return
+        model = self._config.model.rstrip("/").rpartition("/")[2]
+        answers = BatchResults(self._output, self._job.shards, self._job.columns, model)
+        retrying(lambda: self._output.put_top(RESULTS, answers.lines()), self._config.run.write_retries)
+        repeated, custom_id = retrying(answers.repeated, self._config.run.write_retries)
+        if repeated:
+            print(
+                f"warning: {repeated:,} requests have the custom_id of an earlier one, the first of them {custom_id!r}"
+            )
+        print(f"answers  {self._output.place.child(RESULTS).path}")
 
     def _confirm(self) -> None:
         """See that the output is this start's, before what only its holder may write.
@@ -570,11 +615,11 @@ class Run:
         for payload in read_records(self._output.ledger()):
             for index, counts in json.loads(payload):
                 recorded[index] = Counts.from_dict(counts)
-        prefix = self._config.columns.prefix
+        columns = self._job.columns
         total = Counts()
         for index in sorted(self._output.committed()):
             if index not in recorded:
-                recorded[index] = count_rows(self._output.read_part(index, [prefix + name for name in COUNTED]), prefix)
+                recorded[index] = count_rows(self._output.read_part(index, counted(columns)), columns)
             total.add(recorded[index])
         return total
 
@@ -612,12 +657,13 @@ def _one_line(error: BaseException) -> str:
 
 def _show_demo(output: OutputDirectory, config: JobConfig, shards: Sequence[Shard]) -> None:
     """Some rows of the result, and how many answers are right."""
-    prompt, generated = config.prompt.column, config.columns.prefix + "generated_text"
+    prompt, generated = config.prompt.column or "prompt", config.columns.prefix + "generated_text"
     right = rows = 0
     shown: list[tuple[str, str, str]] = []
     for shard in shards:
         table = output.read_part(shard.index, [prompt, generated, "answer"])
-        for question, text, answer in zip(*(column.to_pylist() for column in table.columns), strict=True):
+        for question, texts, answer in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            text = texts[0] if isinstance(texts, list) else texts  # of several samples the first
             rows += 1
             right += (text or "").strip() == answer.strip()
             if len(shown) < 8 and rows % 7 == 1:

@@ -1,6 +1,7 @@
 """The input dataset: which files it has, how many rows they hold, and reading a row range of one of them.
 
-`plan` lists and measures on the driver; `worker` reads shards with `read_rows`. One class of facts, three formats.
+`plan` lists and measures on the driver; `worker` reads shards with `read_rows`. One class of facts, four formats: Parquet, JSONL, CSV,
+and JSONL of OpenAI's batch API, which is read as the columns of `BATCH_SCHEMA` whatever its lines hold.
 
 Hive directories below the root (`date=2024-01-02/lang=de/x.parquet`) are columns, after those of the files and in path order:
 int64 where every value is a whole number (as `pyarrow.dataset` infers, but wide enough for all), else string. Values are
@@ -10,6 +11,7 @@ wins over its path; in JSONL, where any row may leave a key out, a row's own val
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -28,7 +30,7 @@ import pyarrow.parquet as pq
 from nanovllm import UserError
 from pipelines.storage import Location, resolve, split_query
 
-Format = Literal["parquet", "jsonl", "csv"]
+Format = Literal["parquet", "jsonl", "csv", "openai_batch"]
 
 EXTENSIONS: dict[str, Format] = {
     ".parquet": "parquet",
@@ -48,7 +50,10 @@ READ_BUFFER = 4 << 20  # bytes of a column chunk fetched at a time
 WILDCARDS = re.compile(r"[*?\[]")
 HIDDEN = re.compile(r"(^|/)(\.|_(?![^/]*=[^/]*/))")  # a Hive directory may start with _, as in Spark
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+_BLANK = bytes(range(33))  # what a blank line of JSONL may hold
 WHOLE_NUMBER = re.compile(r"-?[0-9]+")
+# All text: bodies differ from line to line, and no type of a column holds all of them. A line that is no request is in `body`.
+BATCH_SCHEMA = pa.schema([(name, pa.string()) for name in ("custom_id", "method", "url", "body")])
 
 
 class InputFile(NamedTuple):
@@ -90,11 +95,12 @@ class FileFacts(NamedTuple):
         return int(self.ends[-1]) if len(self.ends) else 0
 
 
-def list_dataset(address: str) -> Dataset:
+def list_dataset(address: str, file_format: Literal["auto", Format] = "auto") -> Dataset:
     """List the files behind a file, directory or glob. Names that start with `.` or `_` are skipped, as Spark and Hive do.
 
     Raises:
-        UserError: nothing is there, nothing matches, or the files are not all Parquet, all JSONL or all CSV.
+        UserError: nothing is there, nothing matches, or the files are not all Parquet, all JSONL or all CSV, or by their names not
+            of the format that was given.
     """
     root, infos = _find(address)
     if not infos:
@@ -103,6 +109,9 @@ def list_dataset(address: str) -> Dataset:
         InputFile(info.path[len(root.path.rstrip("/")) + 1 :], info.size or 0, info.mtime_ns or 0)
         for info in sorted(infos, key=lambda info: str(info.path))
     ]
+    if file_format != "auto":
+        _check_endings(files, file_format)
+        return Dataset(root, file_format, files)
     formats = {_format_of(root, file): file.path for file in files}
     if len(formats) > 1:
         examples = ", ".join(f"{path!r} is {name}" for name, path in sorted(formats.items()))
@@ -168,11 +177,27 @@ def _data_files(root: Location) -> list[pafs.FileInfo]:
     ]
 
 
-def _format_of(root: Location, file: InputFile) -> Format:
+def _check_endings(files: Sequence[InputFile], file_format: Format) -> None:
+    """Refuse files that are named as another format. Other names say nothing."""
+    ending = "jsonl" if file_format == "openai_batch" else file_format
+    for file in files:
+        named = _format_by_name(file)
+        if named not in (None, ending):
+            raise UserError(
+                f"input file {file.path!r} is named as {named}, and format={file_format} was given; leave it out, or give a glob "
+                "that matches the right files"
+            )
+
+
+def _format_by_name(file: InputFile) -> Format | None:
     name = file.path.lower()
-    for extension, name_of_format in EXTENSIONS.items():
-        if name.endswith(extension):
-            return name_of_format
+    return next((known for extension, known in EXTENSIONS.items() if name.endswith(extension)), None)
+
+
+def _format_of(root: Location, file: InputFile) -> Format:
+    named = _format_by_name(file)
+    if named is not None:
+        return named
     place = root.child(file.path)
     try:
         with place.fs.open_input_file(place.path) as stream:
@@ -182,7 +207,7 @@ def _format_of(root: Location, file: InputFile) -> Format:
         raise UserError(f"input file {file.path!r} cannot be read: {_one_line(error)}") from None
     raise UserError(
         f"input file {file.path!r} is not known to be Parquet, JSONL or CSV (known endings: {', '.join(EXTENSIONS)}); "
-        "rename it, or give a glob that leaves it out"
+        "rename it, give a glob that leaves it out, or say what it is with format=..."
     )
 
 
@@ -328,8 +353,8 @@ def _measure_file(dataset: Dataset, file: InputFile) -> FileFacts:
 
 
 def _scan_text(place: Location, text_format: Format) -> FileFacts:
-    """Count the rows of a JSONL or CSV file and remember where every `TEXT_STRIDE`th one starts."""
-    schema = pa.schema([])
+    """Count the rows of a file of lines and remember where every `TEXT_STRIDE`th one starts."""
+    schema = BATCH_SCHEMA if text_format == "openai_batch" else pa.schema([])
     ends: list[np.ndarray] = []  # of rows that a shard may end with: their numbers, counted from 1, and
     places: list[np.ndarray] = []  # the bytes they end at
     rows = position = start = last = 0
@@ -344,11 +369,12 @@ def _scan_text(place: Location, text_format: Format) -> FileFacts:
                 schema = pa.schema([(name, pa.string()) for name in names])  # CSV has no types: columns stay text
                 row_ends, data = row_ends[1:], chunk[start:]
             if len(row_ends):
-                table = _parse_csv(data, names) if text_format == "csv" else _parse_json(data, None)
-                if table.num_rows != len(row_ends):
-                    raise pa.ArrowInvalid(_miscounted(text_format, len(row_ends), table.num_rows))
-                if text_format == "jsonl":
-                    schema = pa.unify_schemas([schema, _text_for_dates(table.schema)], promote_options="permissive")
+                if text_format != "openai_batch":  # where a line that is no JSON is a row like another
+                    table = _parse_csv(data, names) if text_format == "csv" else _parse_json(data, None)
+                    if table.num_rows != len(row_ends):
+                        raise pa.ArrowInvalid(_miscounted(text_format, len(row_ends), table.num_rows))
+                    if text_format == "jsonl":
+                        schema = pa.unify_schemas([schema, _text_for_dates(table.schema)], promote_options="permissive")
                 row_ends = row_ends + position
                 numbers = np.arange(rows + 1, rows + len(row_ends) + 1)
                 stretches = row_ends // TEXT_STRIDE_BYTES
@@ -396,7 +422,7 @@ def _row_ends(data: np.ndarray, text_format: Format, blank_too: bool = False) ->
     if blank_too or not len(ends):
         return ends
     starts = np.concatenate((np.zeros(1, ends.dtype), ends[:-1]))
-    if text_format == "jsonl":
+    if text_format != "csv":
         blank = np.maximum.reduceat(data[: ends[-1]], starts) <= ord(" ")
     else:
         lengths = ends - starts
@@ -454,7 +480,10 @@ def read_rows(root: Location, file_format: Format, wanted: RowRange, schema: pa.
         with place.fs.open_input_file(place.path) as stream:
             stream.seek(wanted.offset)
             data = stream.read(wanted.length)
-        table = _parse_json(data, schema) if file_format == "jsonl" else _parse_csv(data, _read_csv_names(place))
+        if file_format == "csv":
+            table = _parse_csv(data, _read_csv_names(place))
+        else:
+            table = _parse_json(data, schema) if file_format == "jsonl" else _parse_batch(data)
     if table.num_rows != wanted.rows:
         raise pa.ArrowInvalid(f"{wanted.file}: expected {wanted.rows} rows, found {table.num_rows}")
     return _conform(table, schema, partition_values(wanted.file), fill=file_format == "jsonl")
@@ -537,6 +566,35 @@ def _parse_csv(data: bytes, names: list[str]) -> pa.Table:
         pacsv.ParseOptions(newlines_in_values=True),
         pacsv.ConvertOptions(column_types={name: pa.string() for name in names}),
     )
+
+
+def _parse_batch(data: bytes) -> pa.Table:
+    rows = [_parse_request(line) for line in data.split(b"\n") if line.strip(_BLANK)]
+    columns = zip(*rows, strict=True) if rows else [()] * len(BATCH_SCHEMA)
+    return pa.table([pa.array(list(column), pa.string()) for column in columns], schema=BATCH_SCHEMA)
+
+
+def _parse_request(line: bytes) -> tuple[str | None, str | None, str | None, str | None]:
+    """A line of a batch as a row of `BATCH_SCHEMA`; the line itself as its body where it is no JSON object."""
+    text = line.decode("utf-8", "replace").strip()
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError):
+        request = None
+    if not isinstance(request, dict):
+        return None, None, None, text
+    texts = (request.get(name) for name in ("custom_id", "method", "url"))
+    custom_id, method, url = (value if isinstance(value, str) and _storable(value) else None for value in texts)
+    body = request.get("body")
+    return custom_id, method, url, None if body is None else json.dumps(body)  # with escapes: all texts can be stored
+
+
+def _storable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _one_line(error: BaseException) -> str:

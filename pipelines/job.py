@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from nanovllm import EngineConfig, SamplingParams, UserError
+from nanovllm.utils.chat import check_template_variables
 from nanovllm.utils.validation import parse, suggest
+from pipelines.dedupe import check_dedupe
+from pipelines.inputs import BATCH_SCHEMA, Format
 from pipelines.storage import absolute
 
 TooLong = Literal["error", "truncate_left", "truncate_right"]
@@ -30,14 +33,57 @@ class _Section(BaseModel):
 
 
 class PromptConfig(_Section):
-    """Where a row's prompt comes from."""
+    """Where a row's prompt comes from: one of `column`, `messages` and `template`. See `pipelines.prompts`."""
 
-    column: str = Field(default="prompt", description="Column that holds the prompt, a string.")
+    column: str | None = Field(
+        default="prompt",
+        description="Column that holds the prompt: a string, or a list of token ids. null where messages or a template are given.",
+    )
+    messages: str | None = Field(
+        default=None,
+        description="Column that holds a conversation: a list of structs with role and content, or the same as JSON text.",
+    )
+    template: str | None = Field(
+        default=None, description="Jinja template of the prompt; the row's columns are its variables."
+    )
+    template_file: str | None = Field(default=None, description="File that holds the template.")
+    chat: bool = Field(
+        default=False,
+        description="Put the text of column or template through the chat template, as a user's turn. messages imply it.",
+    )
+    system: str | None = Field(
+        default=None, description="System message, before all others; a row's own system message takes its place."
+    )
+    few_shot: list[dict[str, str]] | None = Field(
+        default=None,
+        description="Turns put before the row's own: {user: ..., assistant: ...} pairs, or messages {role: ..., content: ...}.",
+    )
+    chat_template: str | None = Field(default=None, description="Chat template used instead of the model's own.")
+    chat_template_file: str | None = Field(default=None, description="File that holds the chat template.")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Variables of the chat template, for example {enable_thinking: false}."
+    )
+    add_generation_prompt: bool = Field(
+        default=True, description="End a conversation with the beginning of the assistant's turn."
+    )
     too_long: TooLong = Field(
         default="error",
         description="A prompt that does not fit: error makes it an error row; truncate_left drops tokens at its start, "
         "truncate_right at its end, so that prompt and max_tokens fit together.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("column") is not None:
+            return values
+        others = any(values.get(name) is not None for name in ("messages", "template", "template_file"))
+        return {**values, "column": None if others else "prompt"}
+
+    @property
+    def uses_chat(self) -> bool:
+        """Whether prompts go through a chat template."""
+        return self.chat or self.messages is not None
 
 
 class ColumnsConfig(_Section):
@@ -46,6 +92,11 @@ class ColumnsConfig(_Section):
     prefix: str = Field(default="", description="Put before the name of every generated column.")
     keep: list[str] | None = Field(
         default=None, description="Input columns to carry into the output; all where not given."
+    )
+    samples: Literal["list", "rows"] = Field(
+        default="list",
+        description="With sampling.n above 1: list makes the columns of a sample lists of n values; rows makes n rows of each "
+        "input row, with sample_index from 0 and the input columns repeated.",
     )
     num_cached_tokens: bool = Field(
         default=False,
@@ -74,6 +125,11 @@ class RunConfig(_Section):
 
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="With the row's file and position it decides the row's sampling."
+    )
+    dedupe: bool = Field(
+        default=False,
+        description="Generate equal rows (prompt and parameters) of a greedy job once for each engine and copy the result. An "
+        "engine remembers the last 128 MiB of results.",
     )
     replicas: Annotated[Literal["auto"] | tuple[int, int], BeforeValidator(_replicas)] = Field(
         default="auto",
@@ -125,8 +181,20 @@ class JobConfig(_Section):
     model: str = Field(description="Local directory with config.json and safetensors, or a hub id.")
     input: str = Field(description="Parquet, JSONL or CSV: a file, directory or glob; local, s3://, gs:// and so on.")
     output: str = Field(description="Directory for the result; local paths must be visible to every node.")
+    format: Literal["auto", Format] = Field(
+        default="auto",
+        description="Of the input; auto: by the names of its files. openai_batch: JSONL of OpenAI's batch API, answered in "
+        "_results.jsonl.",
+    )
     prompt: PromptConfig = PromptConfig()
     sampling: SamplingParams = Field(default_factory=SamplingParams)
+    sampling_columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Sampling parameters of single rows: parameter -> column that holds it; null is the job's value.",
+    )
+    sampling_column: str | None = Field(
+        default=None, description="Column of structs, or of JSON text, whose fields are a row's sampling parameters."
+    )
     columns: ColumnsConfig = ColumnsConfig()
     engine: EngineConfig
     run: RunConfig = RunConfig()
@@ -155,31 +223,92 @@ def build(data: Mapping[str, Any]) -> JobConfig:
         if "model" in engine:
             raise UserError("unknown job config 'engine.model': set the top-level 'model'")
         values["engine"] = {**engine, "model": values.get("model", "")}
+    if isinstance(values.get("prompt"), Mapping):
+        values["prompt"] = read_prompt_files(values["prompt"])
     config = parse(JobConfig, {key: value for key, value in values.items() if value is not None}, "job config")
+    if config.format == "openai_batch":
+        config = _for_batch(config, isinstance(sampling, Mapping) and "max_tokens" in sampling)
     problem = config.sampling.problem()
     if problem is not None:
         raise UserError(f"job config sampling.{problem}")
-    check_written(config.sampling)
+    check_prompt(config.prompt, config.format)
+    if config.run.dedupe:
+        check_dedupe("run.dedupe", config.sampling)
     for name in ("model", "input", "output"):
         if not getattr(config, name):
             raise UserError(f"job config {name!r} is empty; give it a path")
     return config
 
 
-def check_written(sampling: SamplingParams) -> None:
-    """Refuse options whose results no column holds.
+def _for_batch(config: JobConfig, max_tokens_given: bool) -> JobConfig:
+    """The configuration of a job over requests of OpenAI's batch API: they may go on to the end of the model.
 
     Raises:
-        UserError: naming the option.
+        UserError: answers need columns that are not kept.
     """
-    for name, value, off in (
-        ("n", sampling.n, 1),
-        ("logprobs", sampling.logprobs, None),
-        ("prompt_logprobs", sampling.prompt_logprobs, None),
-    ):
-        if value != off:
+    missing = [name for name in BATCH_SCHEMA.names if name not in (config.columns.keep or BATCH_SCHEMA.names)]
+    if missing:
+        raise UserError(
+            f"columns.keep lacks {missing[0]!r}, which answers are made of with format=openai_batch; add it"
+        )
+    if max_tokens_given:
+        return config
+    sampling = dataclasses.replace(config.sampling, max_tokens=config.engine.max_model_len)
+    return config.model_copy(update={"sampling": sampling})
+
+
+def read_prompt_files(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `prompt` with the content of its files in their place: other machines have no such files.
+
+    Raises:
+        UserError: a file cannot be read, or is given beside what it should hold.
+    """
+    values = dict(prompt)
+    for name in ("template", "chat_template"):
+        path = values.pop(f"{name}_file", None)
+        if path is None:
+            continue
+        if values.get(name) is not None:
+            raise UserError(f"prompt.{name} and prompt.{name}_file are both given; leave one out")
+        try:
+            values[name] = Path(str(path)).expanduser().read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"prompt.{name}_file {str(path)!r} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"prompt.{name}_file {str(path)!r} is not UTF-8 text") from None
+    return values
+
+
+def check_prompt(prompt: PromptConfig, input_format: str = "auto") -> None:
+    """Refuse settings of a prompt that do not go together, whatever the input's columns are.
+
+    Raises:
+        UserError: naming them.
+    """
+    if input_format == "openai_batch":
+        allowed = {"chat_template", "chat_template_kwargs", "too_long"}
+        usual = PromptConfig()
+        given = [name for name, value in prompt if name not in allowed and value not in (None, getattr(usual, name))]
+        if given:
             raise UserError(
-                f"sampling {name}={value!r}: its results have no column yet; leave it out, or use LLM.generate"
+                f"prompt.{given[0]} has no meaning with format=openai_batch: prompts are in the requests' bodies; leave it out"
+            )
+        return
+    sources = [name for name in ("column", "messages", "template") if getattr(prompt, name) is not None]
+    if len(sources) > 1:
+        raise UserError(
+            f"prompt.{sources[0]} and prompt.{sources[1]} are both given; a prompt comes from one of column, messages and template"
+        )
+    for turn in prompt.few_shot or ():
+        if set(turn) not in ({"user", "assistant"}, {"role", "content"}):
+            raise UserError(
+                f"prompt.few_shot has {turn!r}; give {{user: ..., assistant: ...}} pairs or messages {{role: ..., content: ...}}"
+            )
+    check_template_variables(prompt.chat_template_kwargs)
+    for name in ("system", "few_shot", "chat_template", "chat_template_kwargs", "add_generation_prompt"):
+        if not prompt.uses_chat and getattr(prompt, name) != getattr(PromptConfig(), name):
+            raise UserError(
+                f"prompt.{name} is for chats, and this prompt is plain text; set prompt.chat=true, or leave it out"
             )
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,13 @@ SPEED_OPTIONS = {
     "enable_prefix_caching",
     "seed",
     "trust_remote_code",
+}
+# What settings that came later are where they are not used: outputs begun before there was such a setting go on.
+UNUSED: dict[str, Any] = {
+    "prompt.add_generation_prompt": True,
+    "prompt.chat": False,
+    "prompt.chat_template_kwargs": {},
+    "sampling_columns": {},
 }
 SAMPLED_BYTES = 1 << 20
 # A shard stays in flight until its longest row is done, most of its rows having ended long before. So an engine is full while its shards
@@ -99,7 +107,7 @@ FILE_SCHEMA = pa.schema([("path", pa.string()), ("size", pa.int64()), ("mtime_ns
 
 
 def cut(
-    files: Sequence[InputFile], facts: Sequence[FileFacts], most: int, least: int, most_bytes: int | None = None
+    files: Sequence[InputFile], facts: Sequence[FileFacts], most: int, least: int, most_bytes: int = 0
 ) -> Iterator[Shard]:
     """Cut files into shards of about `most` rows, and of ever fewer, down to `least`, over the last quarter of the job.
 
@@ -141,13 +149,18 @@ def _bytes(fact: FileFacts, start: int, end: int) -> tuple[int, int]:
 
 
 def make_shards(config: JobConfig, files: Sequence[InputFile], facts: Sequence[FileFacts]) -> list[Shard]:
-    """The shards of a job. `shards_in_flight` of the smallest ones still keep an engine full."""
-    fill = -(-BATCHES_IN_FLIGHT * config.engine.max_num_seqs // config.run.shards_in_flight)
+    """The shards of a job. `shards_in_flight` of the smallest ones still keep an engine full.
+
+    Several samples of a row are as much work, and as many texts to keep, as several rows.
+    """
+    n = config.sampling.n
+    fill = -(-BATCHES_IN_FLIGHT * config.engine.max_num_seqs // (config.run.shards_in_flight * n))
     if config.run.shard_rows == "auto":
         rows = sum(fact.rows for fact in facts)
-        most, most_bytes = min(AUTO_MOST_ROWS, max(AUTO_ROWS, -(-rows // AUTO_SHARDS))), AUTO_BYTES
+        most = min(-(-AUTO_MOST_ROWS // n), max(-(-AUTO_ROWS // n), -(-rows // AUTO_SHARDS)))
+        most_bytes = AUTO_BYTES // n
     else:
-        most, most_bytes = config.run.shard_rows, None
+        most, most_bytes = config.run.shard_rows, 0
     return list(cut(files, facts, most, min(most, max(fill, most // TAPER)), most_bytes))
 
 
@@ -155,16 +168,22 @@ def identity(config: JobConfig, dataset: Dataset) -> Identity:
     """All that decides the result of a job, as flat names and plain values. Equal identities resume one another."""
     settings = config.as_dict()
     engine = {key: value for key, value in settings["engine"].items() if key not in SPEED_OPTIONS}
-    return {
+    if (structure := settings["sampling"]["structured_outputs"]) is not None:
+        # As text: properties of a schema are generated in their order, which a comparison of mappings does not see.
+        settings["sampling"]["structured_outputs"] = json.dumps(structure, ensure_ascii=False)
+    settled = {
         "row path version": ROW_PATH_VERSION,
         "model": model_identity(config.model),
         "input": _digest_files(dataset.files),
         **{f"prompt.{key}": value for key, value in settings["prompt"].items()},
+        "format": "openai_batch" if config.format == "openai_batch" else None,  # the others say what `input` does
+        **{key: settings[key] for key in ("sampling_columns", "sampling_column")},
         **{f"sampling.{key}": value for key, value in settings["sampling"].items()},
         **{f"columns.{key}": value for key, value in settings["columns"].items()},
         **{f"engine.{key}": value for key, value in engine.items()},
         "run.seed": config.run.seed,
     }
+    return {key: value for key, value in settled.items() if key not in UNUSED or value != UNUSED[key]}
 
 
 def model_identity(model: str) -> str:

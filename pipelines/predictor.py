@@ -8,20 +8,26 @@ ds = ray.data.read_parquet(path).map_batches(
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import numpy as np
 import pyarrow as pa
 from ray.data.block import BlockAccessor
 
 from nanovllm import AsyncLLM, EngineConfig, EngineDeadError, SamplingParams, UserError
+from nanovllm.preflight import check_sampling
 from nanovllm.utils.validation import parse, suggest
-from pipelines.job import ColumnsConfig, PromptConfig, TooLong, check_written
-from pipelines.results import RowResult, check_names, result_table
-from pipelines.rows import RowPath, row_seed
+from pipelines.columns import OutputColumns, check_names, choose_columns
+from pipelines.dedupe import Deduplicated, check_dedupe
+from pipelines.job import ColumnsConfig, PromptConfig, TooLong, check_prompt, read_prompt_files
+from pipelines.requests import Requests, per_row_parameters, row_seed
+from pipelines.results import RowResult
+from pipelines.row_values import OBJECTS, column_values, plain
+from pipelines.rows import RowPath
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,10 +53,15 @@ class NanoVLLMPredictor:
         model: str,
         sampling_params: SamplingParams | Mapping[str, Any] | None = None,
         *,
-        prompt_column: str = "prompt",
-        too_long: TooLong = "error",
+        prompt_column: str | None = None,
+        prompt: Mapping[str, Any] | None = None,
+        sampling_columns: Mapping[str, str] | None = None,
+        sampling_column: str | None = None,
+        too_long: TooLong | None = None,
         output_prefix: str = "",
         num_cached_tokens: bool = False,
+        samples: Literal["list", "rows"] = "list",
+        dedupe: bool = False,
         **engine_options: Any,
     ) -> None:
         """Load the engine.
@@ -58,28 +69,46 @@ class NanoVLLMPredictor:
         Args:
             model: local directory or hub id.
             sampling_params: how rows are sampled; its `seed`, or 0, is the seed of the whole dataset.
-            prompt_column: column of strings. A null, an empty string or another type is an error value in its row.
-            too_long: what becomes of a prompt that does not fit: "error", "truncate_left" or "truncate_right".
+            prompt_column: column of strings or of lists of token ids; short for `prompt={"column": ...}`. A null, an empty string or
+                another type is an error value in its row.
+            prompt: where prompts come from, the fields of a job's section `prompt`: `{"messages": "conversation"}`,
+                `{"template": "Sum up: {{ text }}", "chat": True, "system": "Be brief."}` and so on. Files are read on the actor.
+            sampling_columns: parameter -> column, for rows with parameters of their own.
+            sampling_column: column of structs, or of JSON text, whose fields are parameters. Where its fields are not known from the
+                batch's type (JSON text, numpy and pandas batches), the output has the columns of all parameters.
+            too_long: what becomes of a prompt that does not fit: "error" (the default), "truncate_left" or "truncate_right".
             output_prefix: put before the names of the generated columns.
             num_cached_tokens: add that column.
+            samples: with `n` above 1, "list" makes the columns of a sample lists of n values, "rows" makes n rows of each.
+            dedupe: generate equal rows once; for temperature 0 or labels.
             engine_options: fields of `EngineConfig`, for example `max_model_len` or `dtype`.
 
         Raises:
-            UserError: an unknown option, a value out of range, or a model that cannot be loaded.
+            UserError: an unknown option, a value out of range, a structured output that cannot be compiled, or a model that
+                cannot be loaded.
         """
         unknown = set(engine_options) - set(EngineConfig.model_fields)
         if unknown:
-            own = {"sampling_params", "prompt_column", "too_long", "output_prefix", "num_cached_tokens"}
+            own = set(inspect.signature(NanoVLLMPredictor).parameters) - {"engine_options"}
             name = min(unknown)
             raise UserError(f"unknown option {name!r}: {suggest(name, own | set(EngineConfig.model_fields))}")
-        EngineConfig.create(model, **engine_options)
-        sampling = _sampling_params(sampling_params)
-        self._prompt = parse(PromptConfig, {"column": prompt_column, "too_long": too_long}, "option")
-        columns = {"prefix": output_prefix, "num_cached_tokens": num_cached_tokens}
+        engine = EngineConfig.create(model, **engine_options)
+        self._settings = _Settings(
+            _prompt(prompt, prompt_column, too_long),
+            _sampling_params(sampling_params),
+            sampling_columns or {},
+            sampling_column,
+        )
+        columns = {"prefix": output_prefix, "num_cached_tokens": num_cached_tokens, "samples": samples}
         self._columns = parse(ColumnsConfig, columns, "option")
-        self._seed = sampling.seed or 0
+        self._config = engine
+        self._seed = self._settings.sampling.seed or 0
+        self._inputs: dict[pa.Schema, tuple[Requests, OutputColumns]] = {}
+        if dedupe:
+            check_dedupe("dedupe", self._settings.sampling)
+        check_sampling(engine, self._settings.sampling)
         self._engine = AsyncLLM(model, **engine_options)
-        self._rows = RowPath(self._engine, self._prompt, sampling)
+        self._rows = RowPath(Deduplicated(self._engine) if dedupe else self._engine, self._settings.prompt.too_long)
 
     def __del__(self) -> None:
         """Free the engine when Ray lets go of the actor."""
@@ -90,25 +119,74 @@ class NanoVLLMPredictor:
         """Generate for a batch in any of Ray's batch formats. The result is an Arrow table: its types never depend on its rows.
 
         Raises:
-            UserError: the prompt column is missing, or a generated column has the name of an input column.
+            UserError: a column that is read is missing, or a generated column has the name of an input column.
         """
         table = batch if isinstance(batch, pa.Table) else BlockAccessor.batch_to_arrow_block(batch)
-        names = table.column_names
-        if self._prompt.column not in names:
-            raise UserError(f"no column {self._prompt.column!r} (prompt_column): {suggest(self._prompt.column, names)}")
-        check_names(names, self._columns)
-        values = table[self._prompt.column].to_pylist()
-        seeds = [row_seed(self._seed, str(value)) for value in values]
+        objects = _objects(batch, table)
+        schema = pa.schema([f.with_type(OBJECTS) if f.name in objects else f for f in table.schema])
+        requests, columns = self._for_input(schema)
+        read = {name: objects[name] if name in objects else column_values(table[name]) for name in requests.columns}
+        rows = requests.rows_of(read)
+        seeds = [row_seed(self._seed, requests.key(row)) for row in rows]
         results: dict[int, RowResult] = {}
         try:
-            await self._rows.run(values, seeds, results.__setitem__)
+            await self._rows.run(requests, rows, seeds, results.__setitem__)
         except EngineDeadError as error:
             print(f"the engine died: {error}", file=sys.stderr, flush=True)
             os._exit(ENGINE_DIED)
-        generated = result_table([results[row] for row in range(len(values))], self._columns)
-        for name in generated.column_names:
-            table = table.append_column(generated.schema.field(name), generated[name])
-        return table
+        return columns.extend(table, [results[row] for row in range(len(rows))])
+
+    def _for_input(self, schema: pa.Schema) -> tuple[Requests, OutputColumns]:
+        """What depends on the input's columns, made once for each schema; batches nearly always have one."""
+        if schema not in self._inputs:
+            per_row = per_row_parameters(self._settings, schema)
+            columns = choose_columns(self._columns, self._settings.sampling, self._config.reasoning, per_row)
+            check_names(schema.names, columns)
+            requests = Requests(self._settings, schema, self._seed)
+            requests.attach(self._engine.tokenizer, self._config.model)
+            self._inputs[schema] = requests, columns
+        return self._inputs[schema]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """`RequestSettings` of a predictor."""
+
+    prompt: PromptConfig
+    sampling: SamplingParams
+    sampling_columns: Mapping[str, str]
+    sampling_column: str | None
+    format: str = "auto"
+
+
+def _objects(batch: Batch, table: pa.Table) -> dict[str, list[Any]]:
+    """Values of the columns that have no type of Arrow's own, as lists, dicts and numbers.
+
+    Ray Data puts nested columns of numpy and pandas batches into tensors or pickles, and which of them may differ from batch to batch.
+    """
+    found: dict[str, list[Any]] = {}
+    for field in table.schema:
+        extended = isinstance(field.type, pa.BaseExtensionType)
+        if isinstance(batch, pa.Table):
+            # A tensor is numbers. A pickle may come from a file; `Requests` refuses it.
+            if extended and field.type.extension_name.startswith("ray.data.arrow_tensor"):
+                found[field.name] = [plain(value) for value in table[field.name].to_pylist()]
+        elif extended or field.type.num_fields:
+            found[field.name] = [plain(value) for value in batch[field.name]]
+    return found
+
+
+def _prompt(given: Mapping[str, Any] | None, column: str | None, too_long: TooLong | None) -> PromptConfig:
+    values = dict(given or {})
+    for name, option, value in (("column", "prompt_column", column), ("too_long", "too_long", too_long)):
+        if value is None:
+            continue
+        if name in values:
+            raise UserError(f"{option} and prompt[{name!r}] are both given; leave one out")
+        values[name] = value
+    config = parse(PromptConfig, read_prompt_files(values), "option")
+    check_prompt(config)
+    return config
 
 
 def _sampling_params(given: SamplingParams | Mapping[str, Any] | None) -> SamplingParams:
@@ -122,5 +200,4 @@ def _sampling_params(given: SamplingParams | Mapping[str, Any] | None) -> Sampli
     problem = sampling.problem()
     if problem is not None:
         raise UserError(f"sampling_params: {problem}")
-    check_written(sampling)
     return sampling

@@ -41,16 +41,18 @@ def build_report(
     seconds: float,
     resumed_rows: int,
     reused_rows: int,
+    copied_rows: int,
     samples: Sequence[Mapping[str, Any]],
     shards: Sequence[Mapping[str, Any]],
     failures: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The report as plain values. `seconds`, `samples`, `resumed_rows` and `reused_rows` are of this start of the job."""
+    """The report as plain values. `seconds`, `samples` and the `..._rows` but the total are of this start of the job."""
     new_tokens = samples[-1] if samples else {"input_tokens": 0, "generated_tokens": 0}
     return {
         "status": status,
         "rows": counts.rows,
         "planned_rows": total_rows,
+        "samples": counts.samples,
         "error_rows": counts.error_rows,
         "errors": dict(sorted(counts.errors.items(), key=lambda kind: -kind[1])),
         "finish_reasons": counts.finish_reasons,
@@ -63,6 +65,7 @@ def build_report(
             "seconds": round(seconds, 2),
             "resumed_rows": resumed_rows,
             "reused_rows": reused_rows,
+            "copied_rows": copied_rows,
             "input_tokens": new_tokens["input_tokens"],
             "generated_tokens": new_tokens["generated_tokens"],
             "samples": list(samples),
@@ -86,10 +89,12 @@ def to_html(report: Mapping[str, Any]) -> bytes:
         "status": report["status"],
         "rows": f"{report['rows']:,} of {report['planned_rows']:,}",
         "rows with an error": f"{report['error_rows']:,}",
+        **({"samples": f"{report['samples']:,}"} if report["samples"] != report["rows"] else {}),
         "tokens in": f"{report['input_tokens']:,} ({report['cached_tokens']:,} from the prefix cache)",
         "tokens out": f"{report['generated_tokens']:,}",
         "this start took": duration(now["seconds"]),
         "rows from earlier starts": f"{now['resumed_rows']:,} committed, {now['reused_rows']:,} from journals",
+        **({"rows copied from equal ones": f"{now['copied_rows']:,}"} if now["copied_rows"] else {}),
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
     }
     samples = now["samples"]
@@ -111,7 +116,7 @@ def to_html(report: Mapping[str, Any]) -> bytes:
         _curve([(sample["seconds"], 100 * sample["kv_usage"]) for sample in samples]),
         "<h2>Prompt length (tokens, rows)</h2>",
         _bars(report["input_lengths"]),
-        "<h2>Output length (tokens, rows)</h2>",
+        "<h2>Output length (tokens, samples)</h2>",
         _bars(report["generated_lengths"]),
         "<h2>Finish reasons</h2>",
         _table((reason, f"{rows:,}") for reason, rows in report["finish_reasons"].items()),

@@ -1,4 +1,4 @@
-"""The one row path: prompt values in, results out. `ShardWorker` and `NanoVLLMPredictor` both run rows through here.
+"""The one row path: rows in, results out. `ShardWorker` and `NanoVLLMPredictor` both run rows through here.
 
 Raise `ROW_PATH_VERSION` with every change that gives any row another result: it is part of a job's identity.
 """
@@ -6,29 +6,33 @@ Raise `ROW_PATH_VERSION` with every change that gives any row another result: it
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
-import xxhash
-
 from nanovllm import RequestOutput, SamplingParams
 from nanovllm.outputs import error_output
-from pipelines.job import PromptConfig
-from pipelines.prompts import RowError, render
+from pipelines.job import TooLong
+from pipelines.requests import Requests, Row
 from pipelines.results import RowResult, row_result
+from pipelines.row_values import RowError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from nanovllm.engine.llm_engine import EngineStats
 
-ROW_PATH_VERSION = 1
+ROW_PATH_VERSION = 2
 
 SUBMIT_ROWS = 64  # rows tokenized in one turn on the tokenizer thread
 
 
 class Engine(Protocol):
     """The part of `AsyncLLM` that jobs need."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Of the model."""
 
     @property
     def max_prompt_len(self) -> int:
@@ -47,37 +51,28 @@ class Engine(Protocol):
         """Free the engine."""
 
 
-def row_seed(job_seed: int, *place: str | int) -> int:
-    """The sampling seed of a row: 63 bits of xxhash over the job's seed and the row's place in the dataset.
-
-    The job uses (file relative to the input's root, row number in the file, sample number), the predictor the prompt.
-    """
-    key = "\0".join(str(part) for part in (job_seed, *place))
-    return xxhash.xxh64_intdigest(key.encode("utf-8", "surrogatepass")) >> 1
-
-
 class RowPath:
     """Feeds rows to an engine's continuous batch. One for each engine; `run` may be called many times at once."""
 
-    def __init__(self, engine: Engine, prompt: PromptConfig, sampling: SamplingParams) -> None:
+    def __init__(self, engine: Engine, too_long: TooLong) -> None:
         self._engine = engine
-        self._prompt = prompt
-        self._sampling = sampling
-        self._limit = max(1, engine.max_prompt_len + 1 - sampling.max_tokens)
-        # Its own thread: tokenizing must hold up neither the event loop nor the engine. Fast tokenizers free the GIL.
+        self._too_long = too_long
+        # Its own thread: rendering and tokenizing must hold up neither the event loop nor the engine. Fast tokenizers free the GIL.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
     async def run(
         self,
-        values: Sequence[object],
+        requests: Requests,
+        rows: Sequence[Row],
         seeds: Sequence[int],
         done: Callable[[int, RowResult], None],
         submitted: Callable[[int, Future[RequestOutput]], None] = lambda position, future: None,
     ) -> None:
-        """Generate for rows with prompts `values`.
+        """Generate for some rows.
 
         Args:
-            values: prompts, which may be no strings.
+            requests: makes requests of them.
+            rows: as `requests.rows` gives them.
             seeds: of each row's sampling.
             done: called with a row's position and result, on the event loop, as each ends.
             submitted: called with a row's position and the engine's future, on the tokenizer thread, as each begins.
@@ -88,9 +83,11 @@ class RowPath:
         loop = asyncio.get_running_loop()
         tasks: list[asyncio.Task[None]] = []
         try:
-            for start in range(0, len(values), SUBMIT_ROWS):
-                rows = range(start, min(start + SUBMIT_ROWS, len(values)))
-                futures = await loop.run_in_executor(self._tokenizing, self._submit, rows, values, seeds, submitted)
+            for start in range(0, len(rows), SUBMIT_ROWS):
+                some = range(start, min(start + SUBMIT_ROWS, len(rows)))
+                futures = await loop.run_in_executor(
+                    self._tokenizing, self._submit, requests, some, rows, seeds, submitted
+                )
                 for position, future in enumerate(futures, start):
                     tasks.append(loop.create_task(_report(position, future, done)))
             await asyncio.gather(*tasks)
@@ -100,35 +97,39 @@ class RowPath:
 
     def _submit(
         self,
-        rows: range,
-        values: Sequence[object],
+        requests: Requests,
+        some: range,
+        rows: Sequence[Row],
         seeds: Sequence[int],
         submitted: Callable[[int, Future[RequestOutput]], None],
     ) -> list[Future[RequestOutput]]:
         futures = []
-        for row in rows:
-            futures.append(self._submit_row(values[row], seeds[row]))
-            submitted(row, futures[-1])
+        for position in some:
+            futures.append(self._submit_row(requests, rows[position], seeds[position]))
+            submitted(position, futures[-1])
         return futures
 
-    def _submit_row(self, value: object, seed: int) -> Future[RequestOutput]:
+    def _submit_row(self, requests: Requests, row: Row, seed: int) -> Future[RequestOutput]:
         try:
-            text = render(value)
-            prompt = text if self._prompt.too_long == "error" else self._fit(self._engine.encode(text))
-            return self._engine.submit(prompt, dataclasses.replace(self._sampling, seed=seed))
+            prompt, params = requests.request(row, seed)
+            if self._too_long != "error":
+                prompt = self._fit(self._engine.encode(prompt) if isinstance(prompt, str) else prompt, params)
+            return self._engine.submit(prompt, params)
         except RowError as error:
             message = str(error)
         except Exception as error:  # tokenizers raise many kinds; each is about this one text
             message = f"prompt cannot be tokenized: {' '.join(str(error).split())}"
         failed: Future[RequestOutput] = Future()
-        failed.set_result(error_output(message))
+        # Messages quote rows, and rows of JSON may hold half a surrogate pair, which no column does.
+        failed.set_result(error_output(message.encode("utf-8", "replace").decode()))
         return failed
 
-    def _fit(self, token_ids: list[int]) -> list[int]:
+    def _fit(self, token_ids: list[int], params: SamplingParams) -> list[int]:
         """Drop tokens at one end until the prompt leaves room for `max_tokens`."""
-        if len(token_ids) <= self._limit:
+        limit = max(1, self._engine.max_prompt_len + 1 - params.max_tokens)
+        if len(token_ids) <= limit:
             return token_ids
-        return token_ids[-self._limit :] if self._prompt.too_long == "truncate_left" else token_ids[: self._limit]
+        return token_ids[-limit:] if self._too_long == "truncate_left" else token_ids[:limit]
 
 
 async def _report(position: int, future: Future[RequestOutput], done: Callable[[int, RowResult], None]) -> None:

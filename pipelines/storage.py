@@ -9,7 +9,7 @@ import functools
 import os
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -219,21 +219,25 @@ def read(place: Location) -> bytes:
         return bytes(stream.read())
 
 
-def put(place: Location, data: bytes | pa.Buffer, scratch: Location) -> None:
+def put(place: Location, data: bytes | pa.Buffer | Iterable[bytes], scratch: Location) -> None:
     """Write a file so that readers see all of it or none of it, replacing what was there.
 
     Where a rename is atomic, the bytes go to a fresh name in the directory `scratch` (same file system), reach the
-    disk, and are renamed; elsewhere they are one put.
+    disk, and are renamed; elsewhere they are one put. Pieces are taken one after another, so that a file may be larger than
+    memory; where there is no rename and one of them fails, what came before it may stay.
     """
+    pieces = [data] if isinstance(data, (bytes, pa.Buffer)) else data
     if not place.renames:
         with place.fs.open_output_stream(place.path) as stream:
-            stream.write(data)
+            for piece in pieces:
+                stream.write(piece)
         return
     scratch.fs.create_dir(scratch.path, recursive=True)
     temporary = scratch.child(f"{place.path.rsplit('/', 1)[-1]}.{uuid.uuid4().hex}")
     try:
         with temporary.fs.open_output_stream(temporary.path) as stream:
-            stream.write(data)
+            for piece in pieces:
+                stream.write(piece)
         _sync(temporary)
         place.fs.move(temporary.path, place.path)
         _sync(Location(place.fs, place.path.rsplit("/", 1)[0]))

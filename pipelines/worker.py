@@ -25,17 +25,19 @@ import ray
 from ray.actor import ActorHandle
 
 from nanovllm import AsyncLLM, EngineDeadError, RequestOutput, UserError
-from pipelines.attempts import AttemptLog, Diagnosis, diagnose, groups
+from pipelines.attempts import AttemptLog, Diagnosis, diagnose, groups, spread
+from pipelines.columns import output_columns
 from pipelines.commit import Journal, OutputDirectory, output_schema, read_journal, retrying
-from pipelines.counts import COUNTED, Counts, count_rows
+from pipelines.counts import Counts, count_rows, counted
+from pipelines.dedupe import Copy, Deduplicated
 from pipelines.inputs import Format, read_rows
 from pipelines.job import JobConfig, build
 from pipelines.plan import SHARD_SCHEMA, Shard
 from pipelines.processes import born
 from pipelines.progress import WorkerState
-from pipelines.prompts import prompt_values
-from pipelines.results import RowResult, failed_row, result_table
-from pipelines.rows import Engine, RowPath, row_seed
+from pipelines.requests import Requests, per_row_parameters, row_seed
+from pipelines.results import RowResult, failed_row
+from pipelines.rows import Engine, RowPath
 from pipelines.storage import Location
 
 T = TypeVar("T")
@@ -84,6 +86,7 @@ class ShardResult:
         gave_up: it failed because engines died on it again and again.
         counts: of all its rows, as `Counts.as_dict()`; None where it is not done.
         reused_rows: rows taken from the journal or from a file committed by an earlier attempt.
+        copied_rows: rows that this attempt did not generate, since it generated an equal one (`run.dedupe`).
         seconds: of this attempt.
         worker: host and process.
     """
@@ -94,6 +97,7 @@ class ShardResult:
     gave_up: bool
     counts: dict[str, Any] | None
     reused_rows: int
+    copied_rows: int
     seconds: float
     worker: str
 
@@ -106,11 +110,13 @@ class _Active:
         self.journal = journal
         self.attempt = attempt
         self.finished = finished
+        self.copied = 0
         self._futures: dict[int, Future[RequestOutput]] = {}
 
     def submitted(self, position: int, future: Future[RequestOutput]) -> None:
         """Note a row that the engine has."""
         self._futures[position] = future
+        self.copied += isinstance(future, Copy)
 
     def done(self, position: int, result: RowResult) -> None:
         """Note a row that is finished."""
@@ -146,14 +152,18 @@ class ShardWorker:
             )
         kept = output_schema(task.schema, self._config.columns.keep)
         self._kept = kept.names
-        prompt = task.schema.field(self._config.prompt.column)
-        self._schema = kept if prompt.name in kept.names else kept.append(prompt)
+        self._columns = output_columns(self._config, per_row_parameters(self._config, task.schema))
+        self._requests = Requests(self._config, task.schema, self._config.run.seed)
+        read = [name for name in self._requests.columns if name not in kept.names]
+        self._schema = pa.schema([*kept, *(task.schema.field(name) for name in read)])
         if task.actors_per_node is not None:
             share_cpus(task.actors_per_node, self._config.engine.tensor_parallel_size)
         self._engine: Engine = (task.engine or AsyncLLM)(
             self._config.model, **self._config.engine.model_dump(exclude={"model"})
         )
-        self._rows = RowPath(self._engine, self._config.prompt, self._config.sampling)
+        self._requests.attach(self._engine.tokenizer, self._config.model)
+        deduplicated = Deduplicated(self._engine) if self._config.run.dedupe else self._engine
+        self._rows = RowPath(deduplicated, self._config.prompt.too_long)
         self._active: dict[int, _Active] = {}
         self._io = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="shard-io")
         self._steps, self._stepped = 0, time.monotonic()
@@ -181,7 +191,7 @@ class ShardWorker:
 
         def result(status: Status, reason: str | None = None, gave_up: bool = False) -> ShardResult:
             seconds = round(time.monotonic() - started, 3)
-            return ShardResult(shard.index, status, reason, gave_up, None, 0, seconds, self._name)
+            return ShardResult(shard.index, status, reason, gave_up, None, 0, 0, seconds, self._name)
 
         attempt = AttemptLog(self._output.attempts(shard.index), self._task.start)
         try:
@@ -200,6 +210,8 @@ class ShardWorker:
         if found.deaths >= self._config.run.max_engine_deaths:
             reason = f"the engine died {found.deaths} times on it and finished no row in between, last: {found.last}"
             return result("failed", reason, gave_up=True)
+        if self._config.run.dedupe and (found.poison or found.suspects):
+            spread(found, self._asked(table), active.unfinished())
         self._active[shard.index] = active  # until it is committed: a commit may be retried for long
         flusher = asyncio.get_running_loop().create_task(self._flush_regularly(active.journal))
         try:
@@ -209,7 +221,7 @@ class ShardWorker:
             if len(finished) < shard.rows:
                 await self._off_loop(_try_flush, active.journal)
                 await self._off_loop(self._patiently, attempt.over)
-                return result("apart")
+                return replace(result("apart"), copied_rows=active.copied)
             counts = await self._off_loop(self._commit, shard, table, [finished[row] for row in range(shard.rows)])
         except OSError as error:
             return result("fatal", f"shard {shard.index} cannot be written: {_one_line(error)}")
@@ -218,7 +230,7 @@ class ShardWorker:
             await self._off_loop(active.journal.close)
             await self._off_loop(attempt.close)
             del self._active[shard.index]
-        return replace(result("done"), counts=counts.as_dict(), reused_rows=reused)
+        return replace(result("done"), counts=counts.as_dict(), reused_rows=reused, copied_rows=active.copied)
 
     async def _generate(self, active: _Active, table: pa.Table, found: Diagnosis) -> None:
         """Run the rows that no earlier attempt finished: in company, and suspects only where this pool is there for them.
@@ -244,17 +256,21 @@ class ShardWorker:
     async def _run_rows(self, active: _Active, table: pa.Table, rows: list[int]) -> None:
         """Generate for the rows at some positions of a shard."""
         shard = active.shard
-        prompts = prompt_values(table[self._config.prompt.column].take(pa.array(rows, pa.int64())))
         seeds = [row_seed(self._config.run.seed, shard.file, shard.first_row + row, 0) for row in rows]
         try:
             await self._rows.run(
-                prompts,
+                self._requests,
+                self._requests.rows(table.select(self._requests.columns).take(pa.array(rows, pa.int64()))),
                 seeds,
                 lambda number, result: active.done(rows[number], result),
                 lambda number, future: active.submitted(rows[number], future),
             )
         except EngineDeadError as error:
             self._die(error)
+
+    def _asked(self, table: pa.Table) -> list[str]:
+        """What each row of a shard asks for; equal where the requests are."""
+        return [repr(row) for row in self._requests.rows(table.select(self._requests.columns))]
 
     async def _flush_regularly(self, journal: Journal) -> None:
         while True:
@@ -263,11 +279,10 @@ class ShardWorker:
 
     def _earlier(self, shard: Shard) -> Counts | None:
         """Counts of a shard that an attempt committed before its actor died; None where none did."""
-        if self._output.part_rows(shard.index) != shard.rows:
+        if self._output.part_rows(shard.index) != shard.rows * self._columns.rows_each:
             return None
         self._output.forget(shard.index)
-        prefix = self._config.columns.prefix
-        return count_rows(self._output.read_part(shard.index, [prefix + name for name in COUNTED]), prefix)
+        return count_rows(self._output.read_part(shard.index, counted(self._columns)), self._columns)
 
     def _read(self, shard: Shard) -> pa.Table:
         place = self._task.root.child(shard.file)
@@ -285,13 +300,9 @@ class ShardWorker:
         return retrying(lambda: ask(*arguments), self._config.run.write_retries)
 
     def _commit(self, shard: Shard, table: pa.Table, results: list[RowResult]) -> Counts:
-        columns = self._config.columns
-        generated = result_table(results, columns)
-        whole = table.select(self._kept)
-        for name in generated.column_names:
-            whole = whole.append_column(generated.schema.field(name), generated[name])
+        whole = self._columns.extend(table.select(self._kept), results)
         retrying(lambda: self._output.commit(shard.index, whole), self._config.run.write_retries)
-        return count_rows(generated, columns.prefix)
+        return count_rows(whole, self._columns)
 
     async def _off_loop(self, work: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._io, work, *arguments)

@@ -10,7 +10,7 @@ import psutil
 
 from cluster.local_nodes import LocalNodes, Node
 from pipelines.commit import OutputDirectory, read_journal
-from pipelines.rows import row_seed
+from pipelines.requests import row_seed
 
 ACTOR = "MapBatches("  # in the title Ray gives an actor of a map_batches pool
 RANK = "nanovllm.engine.rank_worker"

@@ -123,9 +123,13 @@ class OutputProcessor:
     def _logprobs(
         self, own: list[tuple[int, float, int]], top_ids: list[int], top_logprobs: list[float]
     ) -> TokenLogprobs:
-        """The likeliest tokens of a position, and the one that is there, as (id, log-probability, rank)."""
+        """Of a position the token that is there, which comes first, and the likeliest ones, as (id, log-probability, rank)."""
         entries = [*own, *((i, p, rank) for rank, (i, p) in enumerate(zip(top_ids, top_logprobs, strict=True), 1))]
-        return {i: Logprob(p, rank, self._token_text(i)) for i, p, rank in reversed(entries)}
+        found: TokenLogprobs = {}
+        for i, p, rank in entries:
+            if i not in found:
+                found[i] = Logprob(p, rank, self._token_text(i))
+        return found
 
     def _token_text(self, token_id: int) -> str | None:
         if self.tokenizer is None:

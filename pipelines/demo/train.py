@@ -586,10 +586,46 @@ def check(model_dir: Path, parquet: Path) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# The prompts in the forms of other jobs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def save_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def conversations(test: list[Example]) -> list[dict[str, Any]]:
+    """Every tenth prompt as a conversation: the date alone, for a job that brings instruction and template."""
+    return [
+        {"id": i, "messages": [{"role": "user", "content": date_text(test[i].prompt)}], "answer": test[i].answer}
+        for i in range(0, len(test), 10)
+    ]
+
+
+def date_text(prompt: str) -> str:
+    """The date of a prompt as it is written there."""
+    return prompt.removeprefix(INSTRUCTION).removesuffix(SUFFIX).strip()
+
+
+def batch_requests(test: list[Example]) -> list[dict[str, Any]]:
+    """Every twentieth prompt as a request to OpenAI's batch API: chats, and a completion every fourth time."""
+    rows = []
+    for number, i in enumerate(range(0, len(test), 20)):
+        body: dict[str, Any] = {"model": "demo", "temperature": 0, "max_tokens": 16}
+        if number % 4 == 3:
+            url, body["prompt"] = "/v1/completions", test[i].prompt
+        else:
+            url, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": test[i].prompt}]
+        rows.append({"custom_id": f"date-{i}", "method": "POST", "url": url, "body": body})
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def build(out: Path, steps: int, batch_size: int, lr: float, seed: int, vocab_size: int, device: str) -> None:
-    """Generates the data, trains, and writes `out/model/` and `out/prompts.parquet`."""
+    """Generates the data, trains, and writes `out/model/` and the prompts in all their forms."""
     torch.manual_seed(seed)
     started = time.perf_counter()
     test = test_examples(seed)
@@ -613,6 +649,8 @@ def build(out: Path, steps: int, batch_size: int, lr: float, seed: int, vocab_si
         "style": pa.array([e.style for e in test], pa.string()),
     }
     pq.write_table(pa.table(columns), out / "prompts.parquet")
+    save_lines(out / "conversations.jsonl", conversations(test))
+    save_lines(out / "requests.jsonl", batch_requests(test))
     print(f"made in {time.perf_counter() - started:.0f} s")
 
 

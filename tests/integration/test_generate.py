@@ -213,6 +213,7 @@ def test_dry_run_shows_prompts_and_writes_nothing(workplace: Path, chat_model_di
     )
     assert done.returncode == 0
     assert "3 rows in 1 csv files" in done.stdout
+    assert "columns  n string, text string, generated_text string, finish_reason string" in done.stdout
     assert "tokens: 'first \"row\"'" in done.stdout
     assert "an error row: prompt is empty" in done.stdout
     assert "tokens: 'third\\nrow'" in done.stdout

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from nanovllm import LLM, SamplingParams
 from tests.integration.jobs import REPOSITORY, environment, kill_everything, table_of, write_prompts
 
 PROGRAM = """
@@ -54,6 +55,72 @@ def test_the_line_in_the_readme_works_as_written(tmp_path: Path, chat_model_dir:
     assert result["error"].null_count == rows
     assert all(0 < count <= 64 for count in result["num_generated_tokens"].to_pylist())
     assert "did you mean 'max_model_len'?" in done.stdout
+
+
+CHATS = """
+import sys
+import ray
+from pipelines import NanoVLLMPredictor
+
+m, out = sys.argv[1:]
+ray.init(address="local", include_dashboard=False, logging_level="ERROR")
+rows = [
+    {
+        "id": number,
+        "talk": [{"role": "user", "content": "the fox " * (number % 3 + 1)}],
+        "ids": [5, 6] if number % 2 else [7],
+        "own": {"max_tokens": number % 5 + 1, "ignore_eos": True},
+    }
+    for number in range(60)
+]
+ds = ray.data.from_items(rows)
+for name, prompt, batch_format in (
+    ("numpy", {"messages": "talk"}, "default"),
+    ("arrow", {"messages": "talk"}, "pyarrow"),
+    ("ids", {"column": "ids"}, "default"),
+    ("text", {"template": "{{ talk[0].content }}, {{ id }}", "chat": True, "system": "be brief"}, "pandas"),
+):
+    arguments = {"model": m, "prompt": prompt, "sampling_column": "own", "sampling_params": {"temperature": 0}}
+    done = ds.map_batches(
+        NanoVLLMPredictor, fn_constructor_kwargs=arguments, batch_size=16, concurrency=1, num_cpus=0, batch_format=batch_format
+    )
+    generated = ["id", "generated_text", "num_input_tokens", "num_generated_tokens", "error"]
+    done.select_columns(generated).write_parquet(f"{out}/{name}")
+"""
+
+
+def test_chats_and_parameters_of_rows_in_every_batch_format(tmp_path: Path, chat_model_dir: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CHATS, str(chat_model_dir), str(tmp_path)],
+        cwd=tmp_path,
+        env={**environment(), "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    tables = {name: table_of(tmp_path / name).sort_by("id") for name in ("numpy", "arrow", "ids", "text")}
+    for table in tables.values():
+        assert table["id"].to_pylist() == list(range(60))
+        assert table["error"].null_count == 60
+        assert table["num_generated_tokens"].to_pylist() == [number % 5 + 1 for number in range(60)]
+    assert tables["numpy"].equals(tables["arrow"])
+    assert tables["ids"]["num_input_tokens"].to_pylist() == [1, 2] * 30
+    llm = LLM(str(chat_model_dir), kvcache_block_size=16)
+    for number in (0, 7):
+        params = SamplingParams(temperature=0, max_tokens=number % 5 + 1, ignore_eos=True)
+        content = "the fox " * (number % 3 + 1)
+        for name, turns in (
+            ("numpy", [{"role": "user", "content": content}]),
+            ("text", [{"role": "system", "content": "be brief"}, {"role": "user", "content": f"{content}, {number}"}]),
+        ):
+            (expected,) = llm.chat(turns, params, use_tqdm=False)
+            found = tables[name].slice(number, 1).to_pylist()[0]
+            assert found["generated_text"] == expected["text"]
+            assert found["num_input_tokens"] == expected["num_input_tokens"]
+    llm.exit()
 
 
 @pytest.fixture

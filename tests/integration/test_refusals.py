@@ -214,6 +214,37 @@ def _(place: Place) -> list[str]:
     return place.arguments()
 
 
+@case("a schema that cannot be compiled", "structured_outputs json cannot be compiled", "uniqueItems")
+def _(place: Place) -> list[str]:
+    return place.arguments("sampling.structured_outputs={json: {type: array, uniqueItems: true}}")
+
+
+@case("a schema that cannot be compiled, before a dry run", "structured_outputs regex cannot be compiled")
+def _(place: Place) -> list[str]:
+    return place.arguments('sampling.structured_outputs={regex: "(?<=a)b"}', "--dry-run")
+
+
+@case("a grammar that is none", "structured_outputs grammar cannot be compiled")
+def _(place: Place) -> list[str]:
+    return place.arguments('sampling.structured_outputs={grammar: "start: NOWHERE"}')
+
+
+@case("labels that cannot be told apart", "labels", "none of them twice")
+def _(place: Place) -> list[str]:
+    return place.arguments("sampling.labels=[a, a]")
+
+
+@case("a token that the model lacks", "allowed_token_ids holds 99999", "not a token id of this model")
+def _(place: Place) -> list[str]:
+    return place.arguments("sampling.allowed_token_ids=[99999]")
+
+
+@case("a column of labels whose name is taken", "already has a column 'label'", "columns.prefix")
+def _(place: Place) -> list[str]:
+    place.write("a.parquet", {"prompt": ["a"], "label": ["b"]})
+    return place.arguments("sampling.labels=[a, b]")
+
+
 @case("no tokenizer", "no tokenizer", "tokenizer.json")
 def _(place: Place) -> list[str]:
     (place.model / "tokenizer.json").unlink()
@@ -282,6 +313,49 @@ def _(place: Place) -> list[str]:
 def _(place: Place) -> list[str]:
     (place.root / "file").write_text("x")
     return place.arguments("--output", str(place.root / "file" / "out"))
+
+
+@case("a chat and a model without a chat template", "has no chat template; give one (chat_template, chat_template_file")
+def _(place: Place) -> list[str]:
+    config = json.loads((place.model / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (place.model / "tokenizer_config.json").write_text(json.dumps(config))
+    return place.arguments("prompt.chat=true")
+
+
+@case("a chat template that is not Jinja", "the chat template is not Jinja")
+def _(place: Place) -> list[str]:
+    (place.root / "chat.jinja").write_text("{% for m in messages %}")
+    return place.arguments("prompt.chat=true", f"prompt.chat_template_file={place.root / 'chat.jinja'}")
+
+
+@case(
+    "a template over a column that is not there",
+    "prompt.template uses 'promt', which is no column: did you mean 'prompt'",
+)
+def _(place: Place) -> list[str]:
+    return place.arguments("prompt.template='{{ promt }}'")
+
+
+@case("a parameter of rows that is none", "unknown sampling parameter 'max_token': did you mean 'max_tokens'?")
+def _(place: Place) -> list[str]:
+    return place.arguments("sampling_columns.max_token=id")
+
+
+@case("rows with their own number of samples", "'n' is the same for all rows of a job; set sampling.n")
+def _(place: Place) -> list[str]:
+    return place.arguments("sampling_columns.n=id")
+
+
+@case("Parquet as requests of OpenAI", "'a.parquet' is named as parquet, and format=openai_batch was given")
+def _(place: Place) -> list[str]:
+    return place.arguments("format=openai_batch")
+
+
+@case("another prompt than the job was begun with", "prompt.template was '{{ prompt }}', is '{{ prompt }}?'")
+def _(place: Place) -> list[str]:
+    place.begin("prompt.template='{{ prompt }}'")
+    return place.arguments("prompt.template='{{ prompt }}?'")
 
 
 def snapshot(root: Path) -> dict[str, bytes | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.attempts import FEW, Attempt, AttemptLog, diagnose, groups
+from pipelines.attempts import FEW, Attempt, AttemptLog, diagnose, groups, spread
 from pipelines.storage import resolve
 
 ROWS = list(range(1000))
@@ -117,3 +117,16 @@ def test_a_log_keeps_to_its_start_and_numbers_attempts(tmp_path: Path) -> None:
     assert sorted(attempt.number for attempt in make("a").read()) == [0, 1]
     assert make("b").read() == [Attempt(0, known=3, trial=[1, 2])]
     assert make("c").read() == []
+
+
+def test_rows_that_ask_for_the_same_share_a_verdict() -> None:
+    asked = ["a", "b", "a", "c", "b", "a", "d"]
+    twice = [Attempt(n, known=0, reason="x", in_step=[0, 1]) for n in range(2)]
+    found = diagnose(twice, range(7), 0)
+    spread(found, asked, [0, 1, 2, 3, 4, 6])
+    assert (found.suspects, found.poison) == ({0, 1, 2, 4}, {})  # 5 is finished
+    alone = [*twice, Attempt(2, known=2, trial=[0], reason="died", in_step=[0])]
+    found = diagnose(alone, range(7), 2)
+    spread(found, asked, range(7))
+    assert found.poison == dict.fromkeys([0, 2, 5], "died")
+    assert (found.suspects, found.narrowed) == ({1, 4}, set())

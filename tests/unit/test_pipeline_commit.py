@@ -14,7 +14,7 @@ import pipelines.storage
 from nanovllm import UserError
 from pipelines.commit import Journal, OutputDirectory, RecordLog, parse_records, read_journal, read_records, retrying
 from pipelines.plan import Shard
-from pipelines.results import RowResult
+from pipelines.results import RowResult, Sample
 from pipelines.storage import Location, children, resolve
 
 
@@ -25,7 +25,8 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def result(number: int, error: str | None = None) -> RowResult:
-    return RowResult(None if error else f"text {number}", "error" if error else "stop", number, 2, 0, error)
+    sample = Sample(None, "error", 0) if error else Sample(f"text {number}", "stop", 2)
+    return RowResult((sample,), number, 0, error)
 
 
 def shard(index: int, rows: int) -> Shard:
@@ -157,6 +158,8 @@ def test_commit_is_whole_and_drops_the_journal(address: str) -> None:
     with pytest.raises(OSError, match="3 rows planned"):
         output.finish(shards)
     output.commit(1, pa.table({"prompt": ["c", "d", "e"]}))
+    with pytest.raises(OSError, match="does not hold the 4 rows planned"):
+        output.finish(shards, rows_each=2)
     output.finish(shards)
     assert again.succeeded()
     assert children(output.run.child("journal")) == []
@@ -231,7 +234,7 @@ def test_a_journal_that_goes_while_it_is_read_is_empty(tmp_path: Path, monkeypat
     """Another attempt has committed the shard between the list of files and the reads."""
     output = OutputDirectory(str(tmp_path / "out"))
     journal = Journal(output.journal(3))
-    journal.add(0, RowResult("text", "stop", 3, 2, 0, None))
+    journal.add(0, RowResult((Sample("text", "stop", 2),), 3, 0, None))
     journal.flush()
     assert set(read_journal(output.journal(3), 5)) == {0}
     listed = children(output.journal(3))

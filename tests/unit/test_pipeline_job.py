@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,30 @@ def test_what_is_printed_can_be_read_again() -> None:
     assert build(config.as_dict()) == config
 
 
+def test_structures_and_labels_come_back_as_they_were() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"b": {"type": "string"}, "a": {"enum": ["1", None, 2]}},
+        "required": ["b"],
+    }
+    for sampling in (
+        {"structured_outputs": {"json": schema}},
+        {"structured_outputs": {"choice": ["yes", "no"], "disable_any_whitespace": False}},
+        {"labels": ["no", "yes"], "logit_bias": {5: -1.5}},
+        {"n": 3, "logprobs": 2, "prompt_logprobs": 0},
+    ):
+        config = build(
+            {"model": "m", "input": "i", "output": "o", "sampling": sampling, "columns": {"samples": "rows"}}
+        )
+        for again in (build(yaml.safe_load(config.as_yaml())), build(json.loads(json.dumps(config.as_dict())))):
+            assert again == config
+            # Properties are generated in their order.
+            assert json.dumps(again.as_dict()) == json.dumps(config.as_dict())
+            if config.sampling.structure is not None:
+                assert again.sampling.structure == config.sampling.structure
+                assert again.sampling.structure.key == config.sampling.structure.key
+
+
 def test_overrides_may_stand_between_flags() -> None:
     command = load(
         ["--model", "m", "run.seed=3", "--input", "i", "--dry-run", "engine.max_num_seqs=4", "--output", "o"]
@@ -69,6 +94,12 @@ def test_demo_needs_nothing_else() -> None:
         (["sampling.temperature=nan"], "sampling.temperature=nan: must be a finite number of 0 (greedy) or more"),
         (["sampling.temperature=.nan"], "sampling.temperature=nan: must be a finite number of 0 (greedy) or more"),
         (["sampling.temperature=-1"], "sampling.temperature=-1.0: must be a finite number of 0 (greedy) or more"),
+        (["sampling.structured_outputs={chioce: [a, b]}"], "'chioce' in structured_outputs: did you mean 'choice'?"),
+        (["sampling.structured_outputs={json: '{'}"], "sampling.json='{': is no JSON"),
+        (["sampling.labels=[a]"], "sampling.labels=['a']: must be 2 or more strings"),
+        (["sampling.n=2", "sampling.temperature=0"], "sampling.n=2: with temperature=0 all samples are the same"),
+        (["columns.samples=column"], "columns.samples='column'"),
+        (["run.dedupe=true"], "run.dedupe is for greedy jobs"),
         (["engine.dtype=int3"], "engine.dtype='int3': input should be 'auto'"),
         (["engine.kvcache_block_size=100"], "use 16, 32, 64, 128 or 256"),
         (["run.replicas=[3, 1]"], "must be a number of actors of at least 1, [min,max], or auto"),
@@ -102,9 +133,3 @@ def test_broken_job_files(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load(["--config", str(tmp_path / "job.yaml")])
     assert "\n" not in str(caught.value)
-
-
-def test_options_without_a_column_are_refused() -> None:
-    for name, value in (("n", 2), ("logprobs", 0), ("prompt_logprobs", 1)):
-        with pytest.raises(UserError, match=f"{name}={value}.*no column"):
-            build({"model": "m", "input": "i", "output": "o", "sampling": {"temperature": 1.0, name: value}})

@@ -23,7 +23,8 @@ from pipelines.commit import parquet_bytes
 from pipelines.inputs import FileFacts, InputFile, RowRange, list_dataset, measure, read_rows
 from pipelines.job import JobConfig, build
 from pipelines.plan import AUTO_BYTES, Shard, cut, make_shards
-from pipelines.prompts import RowError, check_column, prompt_values, render
+from pipelines.prompts import Prompts, check_prompt_value
+from pipelines.row_values import RowError, column_values
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Content = bytes | pa.Table
@@ -142,7 +143,7 @@ def test_a_hive_column_can_be_the_prompt(tmp_path: Path) -> None:
     dataset = list_dataset(write(tmp_path, {"text=hello%20you/x.parquet": pa.table({"id": [1, 2, 3]})}))
     schema, facts = measure(dataset)
     config = build({"model": "m", "input": "i", "output": "o", "prompt": {"column": "text"}})
-    check_column(schema, config.prompt)
+    assert Prompts(config.prompt, schema).columns == ["text"]
     (shard,) = make_shards(config, dataset.files, facts)
     table = read_rows(dataset.root, "parquet", shard.row_range, pa.schema([schema.field("text")]))
     assert table.to_pydict() == {"text": ["hello you"] * 3}
@@ -235,11 +236,11 @@ def test_a_path_that_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
 def test_prompts_that_are_no_text_are_error_rows() -> None:
     broken = pa.array([b"fine", b"\xff\xfe", None]).view(pa.string())
     for column in (broken, pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), broken)):
-        values = prompt_values(pa.chunked_array([column]))
-        assert render(values[0]) == "fine"
+        values = column_values(pa.chunked_array([column]))
+        assert check_prompt_value(values[0]) == "fine"
         for value, message in ((values[1], "not valid UTF-8"), (values[2], "null")):
             with pytest.raises(RowError, match=message):
-                render(value)
+                check_prompt_value(value)
 
 
 # CSV and JSONL
@@ -374,7 +375,7 @@ def test_random_damage_is_an_error_or_rows_and_never_something_else(tmp_path: Pa
         except (OSError, pa.ArrowException):
             continue
         assert rows.num_rows == 300
-        assert len(prompt_values(rows["prompt"])) == 300
+        assert len(column_values(rows["prompt"])) == 300
 
 
 @pytest.mark.parametrize("length", [0, 3, 100, -1, -9])

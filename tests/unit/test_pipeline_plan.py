@@ -175,6 +175,14 @@ def test_identity_names_what_differs(tmp_path: Path) -> None:
     assert differences(before, now(run={"replicas": 3, "shard_rows": 7}, engine={"max_num_seqs": 4})) == []
     assert differences(before, now(output="elsewhere")) == []
     assert differences(before, now(sampling={"temperature": 0.7})) == ["sampling.temperature was 1.0, is 0.7"]
+    schemas = [{"properties": {name: {} for name in names}} for names in ("ab", "ba")]  # generated in this order
+    one, other = (now(sampling={"structured_outputs": {"json": schema}}) for schema in schemas)
+    assert differences(one, one) == []
+    assert [text.split(" was ")[0] for text in differences(one, other)] == ["sampling.structured_outputs"]
+    assert differences(before, now(run={"dedupe": True}, sampling={"temperature": 0})) == [
+        "sampling.temperature was 1.0, is 0.0"
+    ]
+    assert differences(before, now(columns={"samples": "rows"})) == ["columns.samples was 'list', is 'rows'"]
     assert differences(before, now(run={"seed": 2})) == ["run.seed was 0, is 2"]
     assert differences(before, now(engine={"dtype": "float32"})) == ["engine.dtype was 'auto', is 'float32'"]
     assert differences(before, now(prompt={"too_long": "truncate_left"}, columns={"prefix": "x"})) == [
@@ -200,3 +208,19 @@ def test_smallest_shards_keep_the_engine_full() -> None:
     shards = make_shards(config, [InputFile("a", 1, 0)], [facts_of([5000])])
     assert max(shard.rows for shard in shards) > min(shard.rows for shard in shards[:-1])
     assert min(shard.rows for shard in shards[:-1]) * config.run.shards_in_flight >= 8 * 100
+
+
+def test_samples_count_as_rows_do() -> None:
+    """A shard of a job with n samples is as much work as one of a job without, and no engine drains for it."""
+    file = InputFile("f", 1, 0)
+    one, many = (
+        make_shards(
+            build({"model": "m", "input": "i", "output": "o", "sampling": {"n": n}, "engine": {"max_num_seqs": 64}}),
+            [file],
+            [facts_of([80_000])],
+        )
+        for n in (1, 8)
+    )
+    assert (max(shard.rows for shard in one), max(shard.rows for shard in many)) == (1000, 125)
+    assert min(shard.rows for shard in one[:-1]) / 8 <= min(shard.rows for shard in many[:-1]) <= 20
+    assert sum(shard.rows for shard in many) == 80_000

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,12 +13,12 @@ import pytest
 
 from nanovllm import AsyncLLM, EngineDeadError, RequestOutput, SamplingParams, UserError
 from nanovllm.outputs import error_output
-from pipelines.counts import Counts, count_rows
-from pipelines.job import ColumnsConfig, PromptConfig, TooLong
+from pipelines.job import PromptConfig, TooLong
 from pipelines.predictor import NanoVLLMPredictor
-from pipelines.prompts import check_column
-from pipelines.results import RowResult, check_names, result_table, results_from_table, results_to_table
-from pipelines.rows import RowPath, row_seed
+from pipelines.prompts import Prompts
+from pipelines.requests import row_seed
+from pipelines.results import RowResult
+from tests.rows import run_rows
 
 LONG = "many words " * 400
 
@@ -34,22 +34,19 @@ def engine(chat_model_dir: Path) -> Iterator[AsyncLLM]:
 
 
 def run(engine: object, values: list[object], too_long: TooLong = "error", max_tokens: int = 5) -> list[RowResult]:
-    rows = RowPath(engine, PromptConfig(too_long=too_long), SamplingParams(max_tokens=max_tokens, ignore_eos=True))  # type: ignore[arg-type]
-    results: dict[int, RowResult] = {}
-    seeds = [row_seed(0, str(value)) for value in values]
-    asyncio.run(rows.run(values, seeds, results.__setitem__))
-    return [results[number] for number in range(len(values))]
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return run_rows(engine, values, [row_seed(0, str(value)) for value in values], sampling, too_long)
 
 
 def test_bad_rows_are_values_and_others_do_not_feel_them(engine: AsyncLLM) -> None:
     good: list[object] = [f"row {number}" for number in range(20)]
     bad: list[object] = [None, "", math.nan, 7, LONG]
     alone = run(engine, good)
-    assert all(row.error is None and row.num_generated_tokens == 5 for row in alone)
+    assert all(row.error is None and row.samples[0].num_generated_tokens == 5 for row in alone)
     mixed = run(engine, [value for pair in zip(good, bad * 4, strict=True) for value in pair])
     assert mixed[::2] == alone
     errors = mixed[1::2]
-    assert all(row.finish_reason == "error" and row.generated_text is None for row in errors)
+    assert all((row.samples[0].finish_reason, row.samples[0].text) == ("error", None) for row in errors)
     assert [row.error for row in errors[:4]] == [
         "prompt is null",
         "prompt is empty",
@@ -76,9 +73,10 @@ def test_truncation_leaves_room_for_the_output(engine: AsyncLLM, too_long: TooLo
     room = engine.max_prompt_len + 1 - 30
     kept = ids[-room:] if too_long == "truncate_left" else ids[:room]
     short, cut, null = run(engine, ["short", LONG, None], too_long, max_tokens=30)
-    assert (cut.num_input_tokens, cut.num_generated_tokens, cut.finish_reason) == (room, 30, "length")
+    (sample,) = cut.samples
+    assert (cut.num_input_tokens, sample.num_generated_tokens, sample.finish_reason) == (room, 30, "length")
     future = engine.submit(kept, SamplingParams(max_tokens=30, ignore_eos=True, seed=row_seed(0, LONG)))
-    assert future.result()["text"] == cut.generated_text
+    assert future.result()["text"] == sample.text
     assert short == run(engine, ["short"], "error", max_tokens=30)[0]
     assert null.error == "prompt is null"
 
@@ -140,52 +138,13 @@ def test_seeds_depend_on_each_part_of_the_place() -> None:
     assert row_seed(0, "\ud800") != row_seed(0, "a")
 
 
-def test_results_survive_a_table_and_have_fixed_types() -> None:
-    rows = [RowResult("a", "stop", 3, 2, 1, None), RowResult(None, "error", 0, 0, 0, "prompt is null")]
-    assert results_from_table(results_to_table(rows)) == rows
-    columns = ColumnsConfig(prefix="x_", num_cached_tokens=True)
-    one, other = (result_table([row], columns).schema for row in rows)
-    assert one == other == result_table([], columns).schema
-    assert one.names == [
-        "x_generated_text",
-        "x_finish_reason",
-        "x_num_input_tokens",
-        "x_num_generated_tokens",
-        "x_num_cached_tokens",
-        "x_error",
-    ]
-
-
-def test_counts_add_up() -> None:
-    rows = [
-        RowResult("a", "stop", 3, 2, 1, None),
-        RowResult(None, "error", 900, 0, 0, "too long: 900 tokens"),
-        RowResult(None, "error", 800, 0, 0, "too long: 800 tokens"),
-    ]
-    columns = ColumnsConfig(num_cached_tokens=True)
-    counts = count_rows(result_table(rows, columns), "")
-    assert (counts.rows, counts.error_rows, counts.input_tokens, counts.generated_tokens) == (3, 2, 1703, 2)
-    assert counts.cached_tokens == 1
-    assert counts.errors == {"too long: N tokens": 2}
-    assert counts.finish_reasons == {"stop": 1, "error": 2}
-    assert (counts.input_lengths[2], counts.input_lengths[10]) == (1, 2)
-    total = Counts()
-    for row in rows:
-        total.add(count_rows(result_table([row], columns), ""))
-    assert total == counts == Counts.from_dict(counts.as_dict())
-
-
 def test_columns_are_checked() -> None:
     schema = pa.schema([("text", pa.string()), ("n", pa.int64()), ("error", pa.string())])
     with pytest.raises(UserError, match=r"no column 'txt'.*did you mean 'text'"):
-        check_column(schema, PromptConfig(column="txt"))
+        Prompts(PromptConfig(column="txt"), schema)
     with pytest.raises(UserError, match=r"'n' .*is int64; prompts are strings"):
-        check_column(schema, PromptConfig(column="n"))
-    check_column(pa.schema([("text", pa.dictionary(pa.int32(), pa.large_string()))]), PromptConfig(column="text"))
-    with pytest.raises(UserError, match=r"column 'error'.*columns\.prefix"):
-        check_names(schema.names, ColumnsConfig())
-    check_names(schema.names, ColumnsConfig(prefix="new_"))
-    check_names([*schema.names[:2], "num_cached_tokens"], ColumnsConfig())
+        Prompts(PromptConfig(column="n"), schema)
+    Prompts(PromptConfig(column="text"), pa.schema([("text", pa.dictionary(pa.int32(), pa.large_string()))]))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +156,7 @@ def test_columns_are_checked() -> None:
         ({"sampling_params": {"max_tokens": 0}}, "max_tokens=0: must be"),
         ({"sampling_params": SamplingParams(temperature=math.nan)}, "temperature=nan: must be"),
         ({"too_long": "cut"}, "too_long='cut'"),
+        ({"samples": "row"}, "samples='row'"),
         ({"kvcache_block_size": 7}, "must be a power of two"),
     ],
 )
@@ -204,3 +164,17 @@ def test_the_predictor_refuses_before_it_loads(options: dict[str, object], messa
     with pytest.raises(UserError) as caught:
         NanoVLLMPredictor("no-such-model", **options)  # type: ignore[arg-type]
     assert message in str(caught.value)
+
+
+def test_the_predictor_refuses_what_cannot_be_compiled_before_it_loads(chat_model_dir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(chat_model_dir, model)
+    (model / "model.safetensors").unlink()  # loading would say so
+    for sampling, message in (
+        ({"structured_outputs": {"json": {"type": "array", "uniqueItems": True}}}, "json cannot be compiled"),
+        ({"allowed_token_ids": [99999]}, "allowed_token_ids holds 99999"),
+    ):
+        with pytest.raises(UserError, match=message):
+            NanoVLLMPredictor(str(model), sampling)
+    with pytest.raises(UserError, match="safetensors"):
+        NanoVLLMPredictor(str(model), {"structured_outputs": {"choice": ["a", "b"]}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,8 @@ def test_files_come_and_go(tmp_path: Path) -> None:
         for data in (b"first", b"second"):
             put(place.child("file"), data, scratch)
             assert read(place.child("file")) == data
+        put(place.child("file"), (letter for letter in (b"th", b"", b"ird")), scratch)
+        assert read(place.child("file")) == b"third"
         assert [entry.base_name for entry in children(place) if entry.base_name != "tmp"] == ["file"]
         assert children(scratch) == []
         assert exists(place.child("file"))
@@ -121,6 +124,20 @@ def test_a_write_that_is_cut_leaves_the_old_file(tmp_path: Path, scheme: str) ->
     done = subprocess.run([sys.executable, "-c", TORN, address], capture_output=True, text=True, check=True)
     assert "File too large" in done.stdout
     place = resolve(address)
+    assert read(place.child("file")) == b"old"
+    assert children(place.child("tmp")) == []
+
+
+def test_pieces_that_end_early_leave_the_old_file(tmp_path: Path) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"new"
+        raise OSError("a shard cannot be read")
+
+    place = resolve(str(tmp_path / "store"))
+    place.fs.create_dir(place.path, recursive=True)
+    put(place.child("file"), b"old", place.child("tmp"))
+    with pytest.raises(OSError, match="a shard"):
+        put(place.child("file"), pieces(), place.child("tmp"))
     assert read(place.child("file")) == b"old"
     assert children(place.child("tmp")) == []
 

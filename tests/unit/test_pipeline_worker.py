@@ -21,8 +21,8 @@ from pipelines.commit import Journal, OutputDirectory, read_journal
 from pipelines.inputs import list_dataset, measure
 from pipelines.job import JobConfig, build
 from pipelines.plan import SHARD_SCHEMA, Shard, cut
-from pipelines.results import RowResult
-from pipelines.rows import row_seed
+from pipelines.requests import row_seed
+from pipelines.results import RowResult, Sample
 from pipelines.worker import ENGINE_DIED, ShardWorker, Task
 
 ROWS = 12
@@ -30,6 +30,8 @@ ROWS = 12
 
 class FakeEngine:
     """Says back the prompt and the seed; dies of the prompt "row 5" when told to."""
+
+    tokenizer = None
 
     def __init__(self, model: str, **options: Any) -> None:
         self.max_prompt_len = 100
@@ -71,9 +73,10 @@ class Exited(BaseException):
 class Bench:
     """A job of one file in two shards, begun by a driver."""
 
-    def __init__(self, root: Path, **settings: Any) -> None:
+    def __init__(self, root: Path, prompts: list[str] | None = None, **settings: Any) -> None:
         self.source = root / "in.parquet"
-        table = pa.table({"id": list(range(ROWS)), "prompt": [f"row {number}" for number in range(ROWS)]})
+        prompts = prompts or [f"row {number}" for number in range(ROWS)]
+        table = pa.table({"id": list(range(ROWS)), "prompt": prompts})
         pq.write_table(table, self.source, row_group_size=7)
         values = {"model": "m", "input": str(self.source), "output": str(root / "out"), **settings}
         self.config: JobConfig = build(values)
@@ -126,7 +129,7 @@ def test_journalled_rows_are_not_generated_again(bench: Bench) -> None:
     shard = bench.shards[1]
     journal = Journal(bench.output.journal(shard.index))
     for position in (0, 3):
-        journal.add(position, RowResult(f"kept {position}", "length", 3, 2, 0, None))
+        journal.add(position, RowResult((Sample(f"kept {position}", "length", 2),), 3, 0, None))
     journal.flush()
     worker, engine = bench.worker()
     result = bench.work(worker, shard)
@@ -247,3 +250,39 @@ def test_columns_to_keep_need_not_hold_the_prompt(tmp_path: Path, bench: Bench) 
     schema = pq.read_schema(other.output.part(0).path)
     assert schema.names[:2] == ["id", "p_generated_text"]
     assert "prompt" not in schema.names
+
+
+def test_equal_rows_are_generated_once_and_die_once(tmp_path: Path, bench: Bench) -> None:
+    """Two deaths in company and one alone, as without copies; the copies of the row that does it are no more deaths."""
+    (tmp_path / "second").mkdir()
+    prompts = ["row 1", "row 5", "row 1", "row 2", "row 5", "row 5"] * 2
+    settings: dict[str, Any] = {"sampling": {"temperature": 0}, "run": {"dedupe": True, "write_retries": 0}}
+    other = Bench(tmp_path / "second", prompts, **settings)
+    shard = other.shards[0]
+    for _ in range(2):
+        worker, engine = other.worker()
+        engine.deadly = True
+        with pytest.raises(Exited):
+            other.work(worker, shard)
+    worker, engine = other.worker()
+    engine.deadly = True
+    result = other.work(worker, shard)
+    assert (result["status"], engine.prompts) == ("apart", [])
+    worker, engine = other.worker(apart=True)
+    engine.deadly = True
+    with pytest.raises(Exited):
+        other.work(worker, shard)
+    worker, engine = other.worker(apart=True)
+    engine.deadly = True
+    result = other.work(worker, shard)
+    assert (result["status"], result["counts"]["error_rows"], result["copied_rows"]) == ("done", 3, 0)
+    assert engine.prompts == []
+    table = other.output.read_part(shard.index, ["prompt", "error"])
+    for row in table.to_pylist():
+        assert (row["error"] == "the engine died of this row: poisoned") == (row["prompt"] == "row 5")
+
+    worker, engine = other.worker()  # of a shard that nothing disturbs, copies are counted
+    result = other.work(worker, other.shards[1])
+    assert (result["status"], result["copied_rows"], engine.prompts) == ("done", 2, ["row 5", "row 1", "row 2"])
+    texts = other.output.read_part(1, ["generated_text"])["generated_text"].to_pylist()
+    assert [text.rsplit(" ", 1)[0] for text in texts] == prompts[7:]
