@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from common import ROOT, end_on_sigterm, run_process, save
 
 from nanovllm import SamplingParams
-from nanovllm.engine.llm_engine import EngineStats
+from nanovllm.engine.stats import EngineStats
 from nanovllm.outputs import RequestOutput
 from pipelines.stop import Stopped
 

@@ -7,8 +7,9 @@ from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.engine.llm_engine import EngineStats, LLMEngine, Prompt
+from nanovllm.engine.llm_engine import LLMEngine, Prompt
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.stats import EngineStats
 from nanovllm.errors import EngineDeadError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams

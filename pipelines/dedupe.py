@@ -21,7 +21,7 @@ from nanovllm.outputs import TokenLogprobs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from nanovllm.engine.llm_engine import EngineStats
+    from nanovllm.engine.stats import EngineStats
     from pipelines.rows import Engine
 
 # Bound of the finished outputs that are kept, about; the least recently used go first. A text of 100 tokens takes about 1.5 KB,

@@ -20,7 +20,7 @@ from pipelines.row_values import RowError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from nanovllm.engine.llm_engine import EngineStats
+    from nanovllm.engine.stats import EngineStats
 
 ROW_PATH_VERSION = 2
 

@@ -24,7 +24,7 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
-from nanovllm import AsyncLLM, EngineDeadError, RequestOutput, UserError
+from nanovllm import EngineDeadError, RequestOutput, UserError
 from pipelines.attempts import AttemptLog, Diagnosis, diagnose, groups, spread
 from pipelines.columns import output_columns
 from pipelines.commit import Journal, OutputDirectory, output_schema, read_journal, retrying
@@ -156,11 +156,14 @@ class ShardWorker:
         self._requests = Requests(self._config, task.schema, self._config.run.seed)
         read = [name for name in self._requests.columns if name not in kept.names]
         self._schema = pa.schema([*kept, *(task.schema.field(name) for name in read)])
+        make = task.engine
+        if make is None:
+            from nanovllm import AsyncLLM  # and with it torch, 200 MB that an engine of another kind may do without
+
+            make = AsyncLLM
         if task.actors_per_node is not None:
             share_cpus(task.actors_per_node, self._config.engine.tensor_parallel_size)
-        self._engine: Engine = (task.engine or AsyncLLM)(
-            self._config.model, **self._config.engine.model_dump(exclude={"model"})
-        )
+        self._engine: Engine = make(self._config.model, **self._config.engine.model_dump(exclude={"model"}))
         self._requests.attach(self._engine.tokenizer, self._config.model)
         deduplicated = Deduplicated(self._engine) if self._config.run.dedupe else self._engine
         self._rows = RowPath(deduplicated, self._config.prompt.too_long)
@@ -366,9 +369,8 @@ def share_cpus(actors: int, ranks: int) -> None:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cpus // (actors * ranks))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for tensor-parallel ranks
-    import torch
-
-    torch.set_num_threads(threads)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
 
 
 def _try_flush(journal: Journal) -> None:

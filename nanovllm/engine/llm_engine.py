@@ -15,6 +15,7 @@ from nanovllm.engine.request_maker import Prompt, RequestMaker
 from nanovllm.engine.row_sampling import SamplingInput, build_sampling_input, note_logprobs
 from nanovllm.engine.scheduler import ScheduledSequence, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.stats import EngineStats
 from nanovllm.outputs import RequestOutput
 from nanovllm.preflight import check_model
 from nanovllm.sampling_params import SamplingParams
@@ -32,19 +33,6 @@ class Flight(NamedTuple):
 
     batch: list[ScheduledSequence]
     settled: set[int]
-
-
-class EngineStats(NamedTuple):
-    """Counters since the engine started, and its state now (`kv_usage`: part of the KV blocks held by sequences)."""
-
-    num_running: int
-    num_waiting: int
-    steps: int
-    prompt_tokens: int
-    generated_tokens: int
-    cached_tokens: int
-    preemptions: int
-    kv_usage: float
 
 
 class LLMEngine:
