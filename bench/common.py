@@ -114,6 +114,8 @@ class WorkloadSpec(NamedTuple):
 WORKLOADS = {
     "seed": WorkloadSpec("qwen3-0.6b", 256, (100, 1024), (100, 1024), max_num_seqs=256),
     "8b": WorkloadSpec("qwen3-8b", 1024, (100, 1024), (100, 1024), max_num_seqs=1024),
+    # More rows than slots: one is admitted whenever one ends, as in a job.
+    "stream": WorkloadSpec("qwen3-0.6b", 768, (100, 1024), (100, 1024), max_num_seqs=256),
     # One instruction for all rows, a short text and a short answer each.
     "labelling": WorkloadSpec("qwen3-0.6b", 4096, (64, 256), (1, 32), prefix_len=1024, max_num_seqs=1024),
 }

@@ -20,6 +20,7 @@ SMALL = ["--model", "qwen3-42m", "--runs", "2"]
 SMALL_WORKLOADS = {
     "seed": ["--num-seqs", "8", "--input-len", "16", "64", "--output-len", "8", "32"],
     "8b": ["--num-seqs", "16", "--input-len", "16", "64", "--output-len", "8", "32"],
+    "stream": ["--num-seqs", "16", "--input-len", "16", "64", "--output-len", "8", "32"],
     "labelling": ["--num-seqs", "32", "--prefix-len", "256", "--input-len", "8", "32", "--output-len", "1", "4"],
 }
 SMALL_COMPARISON = ["--num-seqs", "16", "--input-len", "16", "64", "--output-len", "16", "64", "--batch-sizes", "16"]
@@ -54,6 +55,11 @@ def plan(gpu: bool, peer_arguments: list[str]) -> list[Step]:
         steps.append(Step(f"throughput_{name}_{where}", "throughput.py", ["--workload", name, *size]))
     steps.append(Step(f"kernels_{where}", "kernels.py", []))
     steps.append(Step(f"plan_{where}", "plan.py", []))
+    steps.append(Step("grammar_cpu", "grammar.py", []))
+    few = ["--num-seqs", "8", "--input-len", "8", "32", "--max-length", "20", "--max-tokens", "200", "--rounds", "1"]
+    steps.append(
+        Step(f"sampling_options_{where}", "sampling_options.py", [] if gpu else ["--shape", "qwen3-42m", *few])
+    )
     steps.append(Step(f"prompts_{where}", "prompts.py", []))
     small = ["--shape", "qwen3-42m"]
     steps.append(Step(f"correctness_{where}", "correctness.py", [] if gpu else [*small, "--contexts", "40", "300"]))
