@@ -28,8 +28,9 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.engine.model_input import ModelInput
 from nanovllm.engine.model_runner import ModelRunner, resolve_device
-from nanovllm.engine.row_sampling import SamplingInput, mask_words
+from nanovllm.engine.row_sampling import SamplingInput
 from nanovllm.engine.step_result import StepCopy, StepResult
+from nanovllm.engine.token_masks import mask_words
 from nanovllm.errors import EngineDeadError, UserError
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.config import ModelConfig

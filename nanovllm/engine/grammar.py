@@ -1,7 +1,5 @@
 """Grammars of constrained outputs, by llguidance: compiled once a schema, then one state a sequence that says which tokens
 may come next. No torch; llguidance is imported when the first grammar is compiled.
-
-A mask is a row of int32 words: bit `i % 32` of word `i // 32` is set where token `i` is allowed.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nanovllm.engine.token_masks import allow_only, mask_words
 from nanovllm.errors import UserError
 from nanovllm.structured_outputs import StructuredOutputsParams
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from nanovllm.engine.reasoning import Constraint
 
-# Compiled grammars kept; each takes about 170 KiB at a vocabulary of 151,936.
+# Compiled grammars kept; each takes about 190 KiB at a vocabulary of 151,936.
 CACHE_SIZE = 512
 # States that share one compiled form before another is made for the next ones: those of one share what they find out under a lock,
 # so threads would wait for each other.
@@ -64,7 +63,7 @@ class GrammarCompiler:
     ) -> None:
         llguidance = import_llguidance()
         self.vocab_size = vocab_size
-        self.mask_words = (vocab_size + 31) // 32
+        self.mask_words = mask_words(vocab_size)
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids] or own))
         self.cache_size = cache_size
@@ -73,7 +72,8 @@ class GrammarCompiler:
         self._tokenizer = _read_tokenizer(tokenizer, vocab_size, self.eos_token_ids)
         special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._special_texts = sorted({*special, *tokenizer.all_special_tokens})
-        self._free_words = _words_without(self.eos_token_ids, len(tokenizer), self.mask_words)
+        self._free_words = np.empty(self.mask_words, np.int32)
+        allow_only(self._free_words, set(range(len(tokenizer))) - set(self.eos_token_ids))
         self._threads = threads
         self._executor = llguidance.LLExecutor(threads) if threads > 1 else None
         self._lock = threading.Lock()
@@ -330,23 +330,6 @@ def grammar_problem(params: StructuredOutputsParams) -> str | None:
     return _refusal(params, "; ".join(messages)) if messages else None
 
 
-def allow_only(mask: NDArray[np.int32], token_ids: Iterable[int]) -> None:
-    """Write a mask that allows `token_ids` and nothing else."""
-    ids = np.fromiter(token_ids, np.int64)
-    words = mask.view(np.uint32)
-    words[:] = 0
-    np.bitwise_or.at(words, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
-
-
-def allow_all(mask: NDArray[np.int32], vocab_size: int) -> None:
-    """Write a mask that allows every id below `vocab_size`."""
-    words, rest = divmod(vocab_size, 32)
-    mask[:words] = -1
-    mask[words:] = 0
-    if rest:
-        mask[words] = (1 << rest) - 1
-
-
 def one_line(message: str) -> str:
     """A message of llguidance on one line, at most 300 characters."""
     text = " ".join(message.replace("<non-verbose/>", "").split())
@@ -362,13 +345,6 @@ def _read_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_tok
         return hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids))
     except Exception as error:  # llguidance's are ValueError and RuntimeError; pyo3 has others
         raise UserError(f"structured_outputs cannot use this tokenizer: {one_line(str(error))}") from None
-
-
-def _words_without(token_ids: Iterable[int], size: int, mask_words: int) -> NDArray[np.int32]:
-    bits = np.zeros(mask_words * 32, np.uint8)
-    bits[:size] = 1
-    bits[list(token_ids)] = 0
-    return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
 
 
 def _grammar_text(matcher_type: Any, params: StructuredOutputsParams) -> str:

@@ -70,11 +70,18 @@ class OutputProcessor:
         """Add a sampled token to `seq`; why it is finished, or None where it goes on."""
         seq.token_ids.append(token_id)
         constraint = seq.extra.constraint if seq.extra is not None else None
-        if constraint is not None and not constraint.accept(token_id):
-            seq.problem = (
-                f"token {token_id} was sampled, which structured_outputs does not allow beside the other parameters"
-            )
-            return "error"
+        if constraint is not None:
+            fits = constraint.accept(token_id)
+            if (not fits or constraint.is_stopped) and constraint.problem is not None:
+                seq.problem = (
+                    f"structured_outputs cannot go on after {seq.num_generated_tokens} tokens: {constraint.problem}"
+                )
+                return "error"
+            if not fits:
+                seq.problem = (
+                    f"token {token_id} was sampled, which structured_outputs does not allow beside the other parameters"
+                )
+                return "error"
         if self._is_stop_token(seq, token_id) or (seq.params.stop and self._stop_string_seen(seq, token_id)):
             return "stop"
         if constraint is not None and constraint.is_stopped:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nanovllm.engine.grammar import GrammarState, allow_all, allow_only
+from nanovllm.engine.grammar import GrammarState
+from nanovllm.engine.token_masks import allow_all, allow_only
 from nanovllm.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from nanovllm.engine.token_masks import allow_only, mask_words
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Masks = npt.NDArray[np.int32]
-
-
-def mask_words(vocab_size: int) -> int:
-    """Words of a bit mask over the vocabulary: bit i of word i // 32 is set where token i may be sampled."""
-    return -(-vocab_size // 32)
 
 
 class RowSampling:
@@ -84,7 +80,7 @@ class RowSampling:
         self.scored = scored or {}
         self.first_scored = min(self.scored, default=None)
         self.scores: dict[int, PositionScores] = {}
-        self.logprobs: list[TokenLogprobs] = []
+        self.logprobs: list[SampledLogprobs] = []
         self.needs_logits = (
             bool(self.bad_words)
             or self.penalizes
@@ -119,12 +115,12 @@ class RowSampling:
 
 
 def _mask(ids: Iterable[int], vocab_size: int) -> Masks:
-    bits = np.zeros(mask_words(vocab_size) * 32, dtype=np.uint8)
-    bits[list(ids)] = 1
-    return np.packbits(bits, bitorder="little").view(np.int32)
+    mask = np.empty(mask_words(vocab_size), dtype=np.int32)
+    allow_only(mask, ids)
+    return mask
 
 
-class TokenLogprobs(NamedTuple):
+class SampledLogprobs(NamedTuple):
     """Of one generated token: its id, log-probability and rank (1: the likeliest); the likeliest ids and theirs."""
 
     token_id: int
@@ -312,4 +308,4 @@ def note_logprobs(batch: Sequence[ScheduledSequence], result: StepResult) -> Non
                 top = seq.extra.params.logprobs
                 logprob, rank, top_ids, top_logprobs = next(rows)
                 # One a token, also for the token too many of a sequence that has ended, which nobody looks at.
-                seq.extra.logprobs.append(TokenLogprobs(token_id, logprob, rank, top_ids[:top], top_logprobs[:top]))
+                seq.extra.logprobs.append(SampledLogprobs(token_id, logprob, rank, top_ids[:top], top_logprobs[:top]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import llguidance
 import pytest
 
 from nanovllm import LLM, SamplingParams
@@ -109,6 +110,21 @@ def test_cut_and_refused(chat_model_dir: Path) -> None:
     assert "choice" in (key["error"] or "")
     assert "does not allow" in (impossible["error"] or "")
     assert free["error"] is None
+
+
+def test_a_grammar_that_outgrows_its_limits_is_an_error(chat_model_dir: Path) -> None:
+    """Right recursion that grows with the text: the row says why it ended, and one beside it goes on."""
+    llm = LLM(str(chat_model_dir), kvcache_block_size=16)
+    llm.requests.grammars._limits = llguidance.LLParserLimits(verbose_errors=False, max_items_in_row=30)
+    grammar = 'start: a+\na: "x" | "x" a | b\nb: "x" "y"* a'
+    params = [
+        SamplingParams(1.0, 60, seed=1, structured_outputs=wanted)
+        for wanted in ({"grammar": grammar}, {"choice": ["a"]})
+    ]
+    grown, fine = llm.generate(["fox"] * 2, params, use_tqdm=False)
+    assert grown["finish_reason"] == "error"
+    assert "cannot go on after" in (grown["error"] or "") and "items" in (grown["error"] or "")
+    assert (fine["error"], fine["text"]) == (None, "a")
 
 
 @pytest.mark.parametrize("budget", [None, 0, 5])

@@ -24,11 +24,10 @@ from nanovllm.engine.grammar import (
     Grammar,
     GrammarCompiler,
     GrammarState,
-    allow_all,
-    allow_only,
     grammar_problem,
 )
 from nanovllm.engine.reasoning import Constraint, ReasoningGate, ThinkTags
+from nanovllm.engine.token_masks import allow_all, allow_only
 from nanovllm.errors import UserError
 from nanovllm.structured_outputs import StructuredOutputsParams, parsed_value
 from tests.models import write_tokenizer
