@@ -260,10 +260,11 @@ class ShardWorker:
         """Generate for the rows at some positions of a shard."""
         shard = active.shard
         seeds = [row_seed(self._config.run.seed, shard.file, shard.first_row + row, 0) for row in rows]
+        every = self._requests.rows(table.select(self._requests.columns))  # Arrow's `take` knows no string views
         try:
             await self._rows.run(
                 self._requests,
-                self._requests.rows(table.select(self._requests.columns).take(pa.array(rows, pa.int64()))),
+                [every[row] for row in rows],
                 seeds,
                 lambda number, result: active.done(rows[number], result),
                 lambda number, future: active.submitted(rows[number], future),

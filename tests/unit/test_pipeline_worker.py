@@ -73,10 +73,12 @@ class Exited(BaseException):
 class Bench:
     """A job of one file in two shards, begun by a driver."""
 
-    def __init__(self, root: Path, prompts: list[str] | None = None, **settings: Any) -> None:
+    def __init__(
+        self, root: Path, prompts: list[str] | None = None, kind: pa.DataType | None = None, **settings: Any
+    ) -> None:
         self.source = root / "in.parquet"
         prompts = prompts or [f"row {number}" for number in range(ROWS)]
-        table = pa.table({"id": list(range(ROWS)), "prompt": prompts})
+        table = pa.table({"id": list(range(ROWS)), "prompt": pa.array(prompts, kind)})
         pq.write_table(table, self.source, row_group_size=7)
         values = {"model": "m", "input": str(self.source), "output": str(root / "out"), **settings}
         self.config: JobConfig = build(values)
@@ -250,6 +252,15 @@ def test_columns_to_keep_need_not_hold_the_prompt(tmp_path: Path, bench: Bench) 
     schema = pq.read_schema(other.output.part(0).path)
     assert schema.names[:2] == ["id", "p_generated_text"]
     assert "prompt" not in schema.names
+
+
+def test_prompts_may_be_string_views(tmp_path: Path, bench: Bench) -> None:
+    (tmp_path / "second").mkdir()
+    other = Bench(tmp_path / "second", kind=pa.string_view())
+    assert other.task.schema.field("prompt").type == pa.string_view()
+    worker, engine = other.worker()
+    assert other.work(worker, other.shards[0])["status"] == "done"
+    assert engine.prompts == [f"row {number}" for number in range(other.shards[0].rows)]
 
 
 def test_equal_rows_are_generated_once_and_die_once(tmp_path: Path, bench: Bench) -> None:
