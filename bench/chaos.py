@@ -73,10 +73,10 @@ def arguments(source: Path, max_num_seqs: int, more: list[str]) -> list[str]:
     return ["--model", str(DEMO / "model"), "--input", str(source), *overrides, *more]
 
 
-def undisturbed(place: Path, source: Path) -> pa.Table:
+def undisturbed(place: Path, source: Path, more: list[str]) -> pa.Table:
     """The output of a job that nothing is done to."""
     output = place / "undisturbed"
-    command = [sys.executable, str(ROOT / "pipelines" / "generate.py"), *arguments(source, 32, [])]
+    command = [sys.executable, str(ROOT / "pipelines" / "generate.py"), *arguments(source, 32, more)]
     with LocalNodes() as nodes:
         nodes.add_node(num_cpus=2)
         status = run_process([*command, "--output", str(output)], None, nodes.environment())
