@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,10 @@ class SimulatedEngine:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
         return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text."""
+        return [self.encode(text) for text in texts]
 
     def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
         """Start one row."""
@@ -292,6 +296,10 @@ class WatchedEngine:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
         return self._engine.encode(text)
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text."""
+        return self._engine.encode_batch(texts, add_special_tokens)
 
     def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
         """Start one row."""

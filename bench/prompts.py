@@ -1,15 +1,20 @@
-"""Does making prompts slow the engine down? Its steps beside a thread that renders and tokenizes rows without a pause, as the row path does.
+"""How fast are prompts made, and does making them slow the engine down? For four kinds of rows: plain text, messages through a chat
+template, a template over columns, bodies of OpenAI's batch API.
 
-`python bench/prompts.py --save prompts_cpu`. The engine decodes the same number of sequences all the time. In turns nothing runs beside it;
-another process that does nothing but take a core, which costs what any work on this machine costs; and the tokenizer thread with rows of
-one kind: plain text, messages through a chat template, a template over columns, bodies of OpenAI's batch API. What the thread costs more
-than the process is Python's lock. The rows it makes are not run, so that the engine's work stays the same. What an engine takes in is one row for each that ends,
+`python bench/prompts.py --save prompts_cpu`. First with the engine idle: rows a second of the row path, which tokenizes 64 rows in one
+call, and of the same rows one by one; and of each the share of the thread's processor time that is spent in Python, outside the
+tokenizer's own code: at most that long it holds Python's lock, which the engine wants too.
+
+Then beside the engine, which decodes the same number of sequences all the time. In turns nothing runs; another process that does nothing
+but take a core, which costs what any work on this machine costs; and the row path without a pause. What it costs more than the process is
+Python's lock. The rows it makes are not run, so that the engine's work stays the same. What an engine takes in is one row for each that ends,
 which is far less than the thread makes: the share of time that it is busy in a job is (rows the engine ends a second) / (rows a second).
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
 import statistics
@@ -18,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +31,13 @@ import pyarrow as pa
 from common import save, write_shape
 from grammar import WORDS, make_tokenizer
 
-from nanovllm import AsyncLLM, SamplingParams
+from nanovllm import AsyncLLM, RequestOutput, SamplingParams
+from nanovllm.outputs import error_output
 from pipelines.inputs import BATCH_SCHEMA
 from pipelines.job import JobConfig, build
+from pipelines.prompts import Rendered
 from pipelines.requests import Requests
+from pipelines.rows import SUBMIT_ROWS, RowPath
 
 TEMPLATE = "Sort the article into one of the sections.\nTitle: {{ title }}\n{% for tag in tags %}- {{ tag }}\n{% endfor %}{{ text }}\nSection:"
 CHAT_TEMPLATE = (
@@ -86,33 +94,106 @@ class Load:
         self._running = False
 
 
-class Tokenizer:
-    """The tokenizer thread: makes rows over and over until it is stopped."""
+class Native:
+    """A tokenizer's compiled half, with the time that a thread spends in it."""
 
-    def __init__(self, engine: AsyncLLM, requests: Requests, rows: list[Any]) -> None:
-        self._engine, self._requests, self._rows = engine, requests, rows
-        self._stop = threading.Event()
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.cpu_s = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else."""
+        return getattr(self._inner, name)
+
+    def encode_batch(self, *args: Any, **options: Any) -> Any:
+        """As it does, timed."""
+        start = time.thread_time()
+        try:
+            return self._inner.encode_batch(*args, **options)
+        finally:
+            self.cpu_s += time.thread_time() - start
+
+
+class Sink:
+    """An engine that tokenizes as another one does, and runs nothing."""
+
+    def __init__(self, engine: AsyncLLM) -> None:
+        self.tokenizer, self.max_prompt_len = engine.tokenizer, engine.max_prompt_len
+        self.encode, self.encode_batch = engine.encode, engine.encode_batch
+        self.stats, self.shutdown = engine.stats, engine.shutdown
         self.made = self.tokens = 0
-        self._thread = threading.Thread(target=self._run, name="tokenize", daemon=True)
+        self.cpu_s = 0.0
+
+    def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
+        """Count one row."""
+        self.made += 1
+        self.tokens += len(prompt)
+        self.cpu_s = time.thread_time()  # of the row path's own thread so far
+        future: Future[RequestOutput] = Future()
+        future.set_result(error_output("not run"))
+        return future
+
+
+class Making:
+    """The row path, which makes rows over and over until it is stopped; or a thread that makes the same rows one by one."""
+
+    def __init__(self, engine: AsyncLLM, requests: Requests, rows: list[Any], together: bool = True) -> None:
+        self.sink, self._requests, self._rows = Sink(engine), requests, rows
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._together if together else self._one_by_one, daemon=True)
         self._thread.start()
 
-    def _run(self) -> None:
-        for row in self._endless():
-            prompt, _ = self._requests.request(row, 0)
-            self.tokens += len(self._engine.encode(prompt) if isinstance(prompt, str) else prompt)
-            self.made += 1
-
-    def _endless(self) -> Iterator[Any]:
+    def _together(self) -> None:
+        path = RowPath(self.sink, "error")
         while not self._stop.is_set():
-            for row in self._rows:
+            for start in range(0, len(self._rows), 2 * SUBMIT_ROWS):
+                some = self._rows[start : start + 2 * SUBMIT_ROWS]
+                asyncio.run(path.run(self._requests, some, [0] * len(some), lambda *_: None))
                 if self._stop.is_set():
                     return
-                yield row
+
+    def _one_by_one(self) -> None:
+        assert self.sink.tokenizer is not None
+        while not self._stop.is_set():
+            for row in self._rows:
+                prompt, params = self._requests.request(row, 0)
+                if isinstance(prompt, Rendered):
+                    prompt = prompt.token_ids(self.sink.tokenizer)
+                self.sink.submit(self.sink.encode(prompt) if isinstance(prompt, str) else prompt, params)
+                if self._stop.is_set():
+                    return
 
     def stop(self) -> None:
         """End the thread."""
         self._stop.set()
         self._thread.join()
+
+
+def rates(engine: AsyncLLM, requests: Requests, rows: list[Any], seconds: float, rounds: int) -> dict[str, Any]:
+    """Of both ways in turns, with nothing beside them: medians of rows a second and of what a row costs the thread."""
+    tokenizer: Any = engine.tokenizer
+    found: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
+    inner = tokenizer._tokenizer
+    for _ in range(rounds):
+        for together, some in found.items():
+            tokenizer._tokenizer = native = Native(inner)
+            start = time.perf_counter()
+            making = Making(engine, requests, rows, together)
+            time.sleep(seconds)
+            making.stop()
+            sink, elapsed = making.sink, time.perf_counter() - start
+            python_s = sink.cpu_s - native.cpu_s
+            some.append((sink.made / elapsed, python_s / sink.made, python_s / elapsed))
+    tokenizer._tokenizer = inner
+    result: dict[str, Any] = {}
+    for name, together in (("together", True), ("one_by_one", False)):
+        a_second, python, share = (statistics.median(values) for values in zip(*found[together], strict=True))
+        result[name] = {
+            "rows_per_s": round(a_second),
+            "python_us_a_row": round(python * 1e6),
+            "python_share": round(share, 3),
+        }
+    return result
 
 
 def step_ms(engine: AsyncLLM, seconds: float) -> float:
@@ -127,31 +208,34 @@ def settings(kind: str) -> JobConfig:
     return build({"model": "m", "input": "i", "output": "o", **KINDS[kind]})
 
 
-def measure(engine: AsyncLLM, kind: str, table: pa.Table, seconds: float, rounds: int) -> dict[str, Any]:
-    """Medians over `rounds` of: alone, beside a process, beside the thread."""
+def rows_of(engine: AsyncLLM, kind: str, table: pa.Table) -> tuple[Requests, list[Any]]:
+    """What makes the prompts of one kind, and the rows."""
     if kind == "batch":
         table = table.select(BATCH_SCHEMA.names)
     requests = Requests(settings(kind), table.schema)
     requests.attach(engine.tokenizer, "m")
-    rows = requests.rows(table)
-    alone, process, beside, made, tokens = [], [], [], [], []
+    return requests, requests.rows(table)
+
+
+def beside(engine: AsyncLLM, requests: Requests, rows: list[Any], seconds: float, rounds: int) -> dict[str, Any]:
+    """Medians over `rounds` of: alone, beside a process, beside the row path."""
+    alone, process, making, made, tokens = [], [], [], [], []
     for _ in range(rounds):
         alone.append(step_ms(engine, seconds))
         other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
         process.append(step_ms(engine, seconds))
         other.kill()
         other.wait()
-        tokenizer = Tokenizer(engine, requests, rows)
+        thread = Making(engine, requests, rows)
         start = time.perf_counter()
-        beside.append(step_ms(engine, seconds))
+        making.append(step_ms(engine, seconds))
         elapsed = time.perf_counter() - start
-        made.append(tokenizer.made / elapsed)
-        tokens.append(tokenizer.tokens / elapsed)
-        tokenizer.stop()
-    first, second = statistics.median(alone), statistics.median(beside)
+        made.append(thread.sink.made / elapsed)
+        tokens.append(thread.sink.tokens / elapsed)
+        thread.stop()
+    first, second = statistics.median(alone), statistics.median(making)
     rows_a_second = statistics.median(made)
     return {
-        "kind": kind,
         "step_ms_alone": round(first, 3),
         "step_ms_beside_a_process": round(statistics.median(process), 3),
         "step_ms_beside": round(second, 3),
@@ -194,6 +278,8 @@ def main() -> None:
         engine = AsyncLLM(
             directory, load_format="dummy", max_model_len=1024, max_num_seqs=args.sequences, kvcache_block_size=64
         )
+        kinds = {kind: rows_of(engine, kind, table) for kind in KINDS}
+        idle = {kind: rates(engine, *made, args.seconds, args.rounds) for kind, made in kinds.items()}
         load = Load(engine, args.sequences, 256)
         step_ms(engine, args.seconds)  # warm
         result: dict[str, Any] = {
@@ -205,7 +291,8 @@ def main() -> None:
             "kinds": [],
         }
         for kind in KINDS:
-            row = in_a_job(measure(engine, kind, table, args.seconds, args.rounds), args.sequences, args.tokens)
+            row = in_a_job(beside(engine, *kinds[kind], args.seconds, args.rounds), args.sequences, args.tokens)
+            row = {"kind": kind, "idle": idle[kind], **row}
             result["kinds"].append(row)
             print(json.dumps(row), flush=True)
         load.stop()

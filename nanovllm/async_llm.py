@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence as Sized
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,10 @@ class AsyncLLM:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
         return self._engine.encode(text)
+
+    def encode_batch(self, texts: Sized[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text, on all cores at once. Where the tokenizer refuses one it raises for all."""
+        return self._engine.encode_batch(texts, add_special_tokens)
 
     def stats(self) -> EngineStats:
         """Counters and state of the engine."""

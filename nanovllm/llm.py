@@ -53,8 +53,9 @@ class LLM(LLMEngine):
             while requests or self.has_work:
                 # Prompts are tokenized while steps run on the device: a few each time, and before they are needed.
                 room = min(len(requests), self.config.max_num_seqs - len(self.scheduler.waiting), PROMPTS_PER_STEP)
-                for _ in range(room):
-                    index, (prompt, param) = requests.popleft()
+                taken = [requests.popleft() for _ in range(room)]
+                token_ids = self._encoded([prompt for _, (prompt, _) in taken])
+                for (index, (_, param)), prompt in zip(taken, token_ids, strict=True):
                     made = self.make_sequence(prompt, param)
                     if isinstance(made, dict):
                         outputs[index] = made
@@ -75,6 +76,17 @@ class LLM(LLMEngine):
         finally:
             progress.close()
         return [output for output in outputs if output is not None]
+
+    def _encoded(self, prompts: list[Prompt]) -> list[Prompt]:
+        """Prompts with token ids for text; as they are where the tokenizer refuses one, whose error its request will be."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if self.tokenizer is None:
+            return prompts
+        try:
+            token_ids = iter(self.encode_batch(texts))
+        except Exception:  # tokenizers raise many kinds
+            return prompts
+        return [next(token_ids) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     def chat(
         self,

@@ -12,6 +12,7 @@ import hashlib
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,10 @@ class Deduplicated:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
         return self._engine.encode(text)
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text; where the tokenizer refuses one it raises for all."""
+        return self._engine.encode_batch(texts, add_special_tokens)
 
     def stats(self) -> EngineStats:
         """Counters and state of the engine."""

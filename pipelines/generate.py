@@ -37,6 +37,7 @@ from pipelines.job import Command, JobConfig, load
 from pipelines.lease import Lease, LeaseLost
 from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
+from pipelines.prompts import Rendered
 from pipelines.report import build_report, to_html, to_json
 from pipelines.requests import Requests, per_row_parameters
 from pipelines.row_values import RowError
@@ -206,6 +207,8 @@ def _show_plan(job: Job, ready: tuple[Requests, PreTrainedTokenizerBase]) -> Non
     for row in requests.rows(table.slice(0, 3)):
         try:
             prompt, params = requests.request(row, 0)
+            if isinstance(prompt, Rendered):
+                prompt = prompt.token_ids(tokenizer)
         except RowError as error:
             print(f"prompt   an error row: {error}")
             continue

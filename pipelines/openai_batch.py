@@ -14,7 +14,7 @@ from nanovllm import UserError
 from nanovllm.utils.chat import ChatRenderer
 from pipelines.inputs import BATCH_SCHEMA
 from pipelines.job import PromptConfig
-from pipelines.prompts import check_prompt_value, read_messages, render_chat
+from pipelines.prompts import Prompt, Rendered, check_prompt_value, read_messages, render_chat
 from pipelines.row_values import RowError
 
 if TYPE_CHECKING:
@@ -111,7 +111,6 @@ class BatchRequests:
 
     def __init__(self, config: PromptConfig) -> None:
         self._config = config
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._chat: ChatRenderer | None = None
         self._no_chat = ""
 
@@ -121,7 +120,6 @@ class BatchRequests:
         Raises:
             UserError: the job's chat template is wrong.
         """
-        self._tokenizer = tokenizer
         try:
             self._chat = ChatRenderer(
                 tokenizer,
@@ -144,7 +142,7 @@ class BatchRequests:
         endpoint = _endpoint(row)
         return BatchRequest(endpoint, body, _parameters(endpoint, body))
 
-    def prompt(self, request: BatchRequest) -> str | list[int]:
+    def prompt(self, request: BatchRequest) -> Prompt:
         """The prompt of a request.
 
         Raises:
@@ -174,16 +172,15 @@ class BatchRequests:
         except (UserError, TypeError) as error:
             raise RowError(str(error)) from None
 
-    def _text_prompt(self, body: Mapping[str, Any]) -> str | list[int]:
+    def _text_prompt(self, body: Mapping[str, Any]) -> Prompt:
         prompt = body.get("prompt")
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
             if len(prompt) > 1:
                 raise RowError(f"prompt holds {len(prompt)} prompts; write a request for each")
             prompt = prompt[0]
         checked = check_prompt_value(prompt)
-        if isinstance(checked, str) and body.get("add_special_tokens") is False and self._tokenizer is not None:
-            ids: list[int] = self._tokenizer.encode(checked, add_special_tokens=False)
-            return ids
+        if isinstance(checked, str) and body.get("add_special_tokens") is False:
+            return Rendered(checked, "prompt cannot be tokenized")
         return checked
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
 from nanovllm import UserError
-from nanovllm.utils.chat import ChatError, ChatRenderer, Message, check_messages
+from nanovllm.utils.chat import REFUSED, ChatError, ChatRenderer, Message, check_messages
 from nanovllm.utils.validation import suggest
 from pipelines.job import PromptConfig
 from pipelines.row_values import OBJECTS, RowError, is_text, list_item
@@ -17,6 +17,34 @@ from pipelines.templates import RowTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Rendered(NamedTuple):
+    """A prompt as text that holds its special tokens: the tokenizer adds none.
+
+    Attributes:
+        text: of the prompt.
+        refused: how the error of a text begins that the tokenizer cannot encode.
+    """
+
+    text: str
+    refused: str
+
+    def token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The prompt's token ids.
+
+        Raises:
+            RowError: the tokenizer cannot encode it.
+        """
+        try:
+            ids: list[int] = tokenizer.encode(self.text, add_special_tokens=False)
+        except Exception as error:  # tokenizers raise many kinds
+            raise RowError(f"{self.refused}: {' '.join(str(error).split()) or type(error).__name__}") from None
+        return ids
+
+
+# Plain text is for the tokenizer to complete.
+Prompt = str | Rendered | list[int]
 
 
 class Prompts:
@@ -75,7 +103,7 @@ class Prompts:
                 template_variables=self._config.chat_template_kwargs,
             )
 
-    def render(self, row: Mapping[str, object]) -> str | list[int]:
+    def render(self, row: Mapping[str, object]) -> Prompt:
         """The prompt of a row: text for the tokenizer, or token ids.
 
         Raises:
@@ -91,7 +119,7 @@ class Prompts:
             raise RowError("prompt is a list, not a string")
         return self._through_chat([{"role": "user", "content": prompt}])
 
-    def _through_chat(self, messages: list[Message]) -> list[int]:
+    def _through_chat(self, messages: list[Message]) -> Rendered | list[int]:
         assert self._chat is not None  # `attach` has made it
         own = messages[:1] if messages[0]["role"] == "system" else []
         if not own and self._config.system is not None:
@@ -101,14 +129,14 @@ class Prompts:
         return render_chat(self._chat, [*first, *self._few_shot, *messages[len(own) :]])
 
 
-def render_chat(chat: ChatRenderer, messages: object) -> list[int]:
-    """Token ids of a row's conversation.
+def render_chat(chat: ChatRenderer, messages: object) -> Rendered | list[int]:
+    """A row's conversation as a prompt.
 
     Raises:
         RowError: the template refuses it.
     """
     try:
-        return chat.token_ids(messages)
+        return Rendered(chat.text(messages), REFUSED) if chat.is_text else chat.token_ids(messages)
     except ChatError as error:
         raise RowError(str(error)) from None
 

@@ -18,7 +18,7 @@ from nanovllm import SamplingParams, UserError
 from nanovllm.utils.validation import suggest
 from pipelines.job import PromptConfig
 from pipelines.openai_batch import BODY_PARAMETERS, BatchRequests
-from pipelines.prompts import Prompts
+from pipelines.prompts import Prompt, Prompts, Rendered
 from pipelines.row_values import OBJECTS, RowError, column_values, is_text, refuse_pickles
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class RequestSettings(Protocol):
 class Request(NamedTuple):
     """What the engine is asked for one row."""
 
-    prompt: str | list[int]
+    prompt: Prompt
     params: SamplingParams
 
 
@@ -150,7 +150,7 @@ class Requests:
 
     def __init__(self, settings: RequestSettings, schema: pa.Schema, seed: int = 0) -> None:
         self._sampling, self._seed = settings.sampling, seed
-        self._needs_chat = settings.format == "openai_batch" or settings.prompt.uses_chat
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._batch: BatchRequests | None = None
         if settings.format == "openai_batch":
             for name in ("sampling_column", "sampling_columns"):
@@ -174,6 +174,7 @@ class Requests:
         Raises:
             UserError: prompts go through a chat template, and the model has none.
         """
+        self._tokenizer = tokenizer
         (self._batch or self._prompts).attach(tokenizer, model)
 
     def rows(self, table: pa.Table) -> list[Row]:
@@ -202,9 +203,16 @@ class Requests:
         """
         if self._batch is not None:
             parsed = self._batch.read(row)
-            return Request(self._batch.prompt(parsed), self._params(parsed.parameters, seed))
-        given = self._parameters.of(row) if self._parameters.columns else {}
-        return Request(self._prompts.render(row), self._params(given, seed))
+            prompt, given = self._batch.prompt(parsed), parsed.parameters
+        else:
+            given = self._parameters.of(row) if self._parameters.columns else {}
+            prompt = self._prompts.render(row)
+        try:
+            return Request(prompt, self._params(given, seed))
+        except RowError:
+            if isinstance(prompt, Rendered) and self._tokenizer is not None:
+                prompt.token_ids(self._tokenizer)  # of two errors the prompt's is told
+            raise
 
     def _params(self, given: Mapping[str, Any], seed: int) -> SamplingParams:
         if not given:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 from nanovllm import RequestOutput, SamplingParams
 from nanovllm.outputs import error_output
 from pipelines.job import TooLong
-from pipelines.requests import Requests, Row
+from pipelines.prompts import Rendered
+from pipelines.requests import Request, Requests, Row
 from pipelines.results import RowResult, row_result
 from pipelines.row_values import RowError
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 ROW_PATH_VERSION = 2
 
-SUBMIT_ROWS = 64  # rows tokenized in one turn on the tokenizer thread
+# Rows tokenized together, in one turn on the tokenizer thread: enough for all cores of a host, and soon enough done that the first
+# rows of a job run at once.
+SUBMIT_ROWS = 64
 
 
 class Engine(Protocol):
@@ -40,6 +43,9 @@ class Engine(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text, for engines with a tokenizer. Where it refuses one this raises for all."""
 
     def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
         """Start one request."""
@@ -57,7 +63,8 @@ class RowPath:
     def __init__(self, engine: Engine, too_long: TooLong) -> None:
         self._engine = engine
         self._too_long = too_long
-        # Its own thread: rendering and tokenizing must hold up neither the event loop nor the engine. Fast tokenizers free the GIL.
+        # Its own thread: rendering and tokenizing must hold up neither the event loop nor the engine. Fast tokenizers free the GIL,
+        # and take the texts of a group on all cores.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
     async def run(
@@ -103,26 +110,50 @@ class RowPath:
         seeds: Sequence[int],
         submitted: Callable[[int, Future[RequestOutput]], None],
     ) -> list[Future[RequestOutput]]:
+        asked = self._tokenized([_request(requests, rows[position], seeds[position]) for position in some])
         futures = []
-        for position in some:
-            futures.append(self._submit_row(requests, rows[position], seeds[position]))
+        for position, request in zip(some, asked, strict=True):
+            futures.append(self._submit_row(request))
             submitted(position, futures[-1])
         return futures
 
-    def _submit_row(self, requests: Requests, row: Row, seed: int) -> Future[RequestOutput]:
+    def _tokenized(self, asked: list[Request | str]) -> list[Request | str]:
+        """The requests with token ids for text, as far as the tokenizer takes all texts of a kind."""
+        if self._engine.tokenizer is None:
+            return asked
+        plain: dict[int, tuple[Request, str]] = {}
+        rendered: dict[int, tuple[Request, str]] = {}
+        for number, request in enumerate(asked):
+            if isinstance(request, Request):
+                if isinstance(request.prompt, str):
+                    plain[number] = request, request.prompt
+                elif isinstance(request.prompt, Rendered):
+                    rendered[number] = request, request.prompt.text
+        found = list(asked)
+        for some, add_special_tokens in ((plain, True), (rendered, False)):
+            try:
+                token_ids = self._engine.encode_batch([text for _, text in some.values()], add_special_tokens)
+            except (
+                Exception
+            ):  # of one text, or several: `_submit_row` tries each on its own, and only theirs are errors
+                continue
+            for (number, (request, _)), ids in zip(some.items(), token_ids, strict=True):
+                found[number] = request._replace(prompt=ids)
+        return found
+
+    def _submit_row(self, request: Request | str) -> Future[RequestOutput]:
+        if isinstance(request, str):
+            return _failed(request)
+        prompt, params = request
         try:
-            prompt, params = requests.request(row, seed)
+            if isinstance(prompt, Rendered):
+                tokenizer = self._engine.tokenizer
+                prompt = prompt.text if tokenizer is None else prompt.token_ids(tokenizer)
             if self._too_long != "error":
                 prompt = self._fit(self._engine.encode(prompt) if isinstance(prompt, str) else prompt, params)
             return self._engine.submit(prompt, params)
-        except RowError as error:
-            message = str(error)
-        except Exception as error:  # tokenizers raise many kinds; each is about this one text
-            message = f"prompt cannot be tokenized: {' '.join(str(error).split())}"
-        failed: Future[RequestOutput] = Future()
-        # Messages quote rows, and rows of JSON may hold half a surrogate pair, which no column does.
-        failed.set_result(error_output(message.encode("utf-8", "replace").decode()))
-        return failed
+        except Exception as error:
+            return _failed(_message(error))
 
     def _fit(self, token_ids: list[int], params: SamplingParams) -> list[int]:
         """Drop tokens at one end until the prompt leaves room for `max_tokens`."""
@@ -130,6 +161,28 @@ class RowPath:
         if len(token_ids) <= limit:
             return token_ids
         return token_ids[-limit:] if self._too_long == "truncate_left" else token_ids[:limit]
+
+
+def _request(requests: Requests, row: Row, seed: int) -> Request | str:
+    """What a row asks for, or what is wrong with it."""
+    try:
+        return requests.request(row, seed)
+    except Exception as error:
+        return _message(error)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, RowError):
+        return str(error)
+    # Tokenizers raise many kinds; each is about this one text.
+    return f"prompt cannot be tokenized: {' '.join(str(error).split())}"
+
+
+def _failed(message: str) -> Future[RequestOutput]:
+    failed: Future[RequestOutput] = Future()
+    # Messages quote rows, and rows of JSON may hold half a surrogate pair, which no column does.
+    failed.set_result(error_output(message.encode("utf-8", "replace").decode()))
+    return failed
 
 
 async def _report(position: int, future: Future[RequestOutput], done: Callable[[int, RowResult], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Sized
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanovllm.config import EngineConfig
@@ -69,6 +70,14 @@ class LLMEngine:
         """Token ids of `text`, with the special tokens the tokenizer adds by itself."""
         return self.requests.encode(text)
 
+    def encode_batch(self, texts: Sized[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text, on all cores at once. Where the tokenizer refuses one it raises for all.
+
+        Args:
+            add_special_tokens: as `encode` does; without for text that holds them, as chat templates write it.
+        """
+        return self.requests.encode_batch(texts, add_special_tokens)
+
     def make_sequence(self, prompt: Prompt, params: SamplingParams) -> Sequence | RequestOutput:
         """Tokenize and check one request, on any thread; an output with `error` where it cannot run.
 
@@ -76,8 +85,17 @@ class LLMEngine:
         """
         made = self.requests.make(prompt, params)
         if self.poison and isinstance(made, Sequence):
-            self.poison.look(made.seq_id, prompt)
+            self.poison.look(made.seq_id, self._as_text(prompt))
         return made
+
+    def _as_text(self, prompt: Prompt) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return (
+            ""
+            if self.tokenizer is None
+            else str(self.tokenizer.decode(list(prompt), clean_up_tokenization_spaces=False))
+        )
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence from `make_sequence`."""

@@ -39,9 +39,9 @@ class Poison:
             raise UserError(f"{VARIABLE}={order!r}: write how:text with how one of {', '.join(get_args(How))}")
         return cls(how, text)  # type: ignore[arg-type]
 
-    def look(self, seq_id: int, prompt: object) -> None:
-        """Remember a request whose prompt, as a string, holds the text."""
-        if isinstance(prompt, str) and self._text in prompt:
+    def look(self, seq_id: int, prompt: str) -> None:
+        """Remember a request whose prompt holds the text, be it given as text or as its tokens."""
+        if self._text in prompt:
             self._seq_ids.add(seq_id)
 
     def strike(self, batch: Iterable[ScheduledSequence]) -> None:

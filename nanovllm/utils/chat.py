@@ -35,6 +35,9 @@ _RESERVED = {
 }
 
 
+REFUSED = "the chat template refuses the messages"
+
+
 class ChatError(ValueError):
     """What is wrong with one conversation, in one line."""
 
@@ -104,6 +107,16 @@ class ChatRenderer:
         other._tokenizer, other._options = self._tokenizer, merged
         return other
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the tokens of a conversation are those of its `text`.
+
+        A tokenizer with an `apply_chat_template` of its own may make tokens that no text stands for.
+        """
+        from transformers import PreTrainedTokenizerBase
+
+        return type(self._tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+
     def text(self, messages: object) -> str:
         """The text of a conversation.
 
@@ -130,7 +143,7 @@ class ChatRenderer:
             )
         except Exception as error:  # a template is a program: it may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ChatError(f"the chat template refuses the messages: {reason}") from error
+            raise ChatError(f"{REFUSED}: {reason}") from error
 
 
 _PER_CONVERSATION = {"add_generation_prompt", "continue_final_message"}

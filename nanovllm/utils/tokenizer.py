@@ -1,7 +1,8 @@
-"""Finds the model's tokenizer, or None for a directory that has none (random weights for benchmarks, token-id prompts)."""
+"""Finds the model's tokenizer, or None for a directory that has none (random weights for benchmarks, token-id prompts); encodes many texts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nanovllm.config import EngineConfig
@@ -33,3 +34,25 @@ def load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase | None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"the tokenizer in {model_dir} cannot be loaded: {reason}") from None
     return tokenizer
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool = True
+) -> list[list[int]]:
+    """Token ids of each text, as `tokenizer.encode` gives them one by one. A fast tokenizer uses all cores, and not Python's lock.
+
+    Raises:
+        Exception: of the tokenizer's own kinds, for all where it refuses one.
+    """
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(
+        list(texts),
+        add_special_tokens=add_special_tokens,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return found

@@ -16,6 +16,7 @@ from pipelines.batch_results import answer
 from pipelines.inputs import BATCH_SCHEMA, list_dataset, measure, read_rows
 from pipelines.job import build
 from pipelines.plan import make_shards
+from pipelines.prompts import Rendered
 from pipelines.requests import Request, Requests, per_row_parameters, row_seed
 from pipelines.row_values import RowError
 
@@ -136,7 +137,8 @@ def test_logprobs_and_forms_of_chats(tokenizer: PreTrainedTokenizerBase) -> None
 def test_prompts_of_both_kinds(tokenizer: PreTrainedTokenizerBase) -> None:
     def text(url: str, **body: Any) -> str:
         prompt = asked(tokenizer, url, body, prompt={"chat_template_kwargs": {"enable_thinking": False}}).prompt
-        return prompt if isinstance(prompt, str) else str(tokenizer.decode(prompt))
+        assert isinstance(prompt, (str, Rendered))
+        return prompt if isinstance(prompt, str) else prompt.text
 
     turn = "<|im_start|>user\nhi<|im_end|>\n"
     assert text(CHAT, messages=TURN) == turn + "<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -145,7 +147,9 @@ def test_prompts_of_both_kinds(tokenizer: PreTrainedTokenizerBase) -> None:
     assert text(COMPLETIONS, prompt="hi") == text(COMPLETIONS, prompt=["hi"]) == "hi"
     assert asked(tokenizer, COMPLETIONS, {"prompt": [[4, 5]]}).prompt == [4, 5]
     assert asked(tokenizer, COMPLETIONS, {"prompt": [4, 5]}).prompt == [4, 5]
-    assert asked(tokenizer, COMPLETIONS, {"prompt": "hi", "add_special_tokens": False}).prompt == tokenizer.encode("hi")
+    bare = asked(tokenizer, COMPLETIONS, {"prompt": "hi", "add_special_tokens": False}).prompt
+    assert isinstance(bare, Rendered)
+    assert bare.token_ids(tokenizer) == tokenizer.encode("hi", add_special_tokens=False)
 
 
 def test_a_model_without_a_chat_template_takes_completions() -> None:

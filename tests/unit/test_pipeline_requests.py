@@ -15,7 +15,8 @@ from nanovllm import SamplingParams, UserError
 from pipelines.inputs import list_dataset, measure
 from pipelines.job import JobConfig, build, load
 from pipelines.plan import identity
-from pipelines.requests import Requests, per_row_parameters, row_seed
+from pipelines.prompts import Rendered
+from pipelines.requests import Request, Requests, per_row_parameters, row_seed
 from pipelines.row_values import RowError
 
 JOB = {"model": "m", "input": "i", "output": "o"}
@@ -48,12 +49,12 @@ def job(**settings: Any) -> JobConfig:
 
 def requests_of(
     table: pa.Table, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0, **settings: Any
-) -> list[tuple[str | list[int], SamplingParams] | str]:
+) -> list[Request | str]:
     """Prompt and parameters of each row, or what is wrong with it."""
     config = job(**settings)
     requests = Requests(config, table.schema, seed)
     requests.attach(tokenizer, config.model)
-    found: list[tuple[str | list[int], SamplingParams] | str] = []
+    found: list[Request | str] = []
     for number, row in enumerate(requests.rows(table)):
         try:
             found.append(requests.request(row, 100 + number))
@@ -68,14 +69,8 @@ def prompts_of(
 ) -> list[str | list[int]]:
     """Prompts as text (through a chat template, as it reads), or what is wrong."""
     found = requests_of(table, tokenizer, prompt=prompt)
-    return [
-        row
-        if isinstance(row, str)
-        else row[0]
-        if isinstance(row[0], str) or not tokenizer
-        else tokenizer.decode(row[0])
-        for row in found
-    ]
+    prompts = [row if isinstance(row, str) else row[0] for row in found]
+    return [prompt.text if isinstance(prompt, Rendered) else prompt for prompt in prompts]
 
 
 # Prompts

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
+from tokenizers import Tokenizer
 
 from nanovllm import AsyncLLM, EngineDeadError, RequestOutput, SamplingParams, UserError
 from nanovllm.outputs import error_output
+from pipelines.inputs import BATCH_SCHEMA
 from pipelines.job import PromptConfig, TooLong
 from pipelines.predictor import NanoVLLMPredictor
 from pipelines.prompts import Prompts
-from pipelines.requests import row_seed
+from pipelines.requests import Requests, row_seed
 from pipelines.results import RowResult
-from tests.rows import run_rows
+from pipelines.rows import RowPath
+from tests.rows import Settings, run_rows
+from tests.unit.test_chat import bos_model
 
 LONG = "many words " * 400
 
@@ -81,6 +89,170 @@ def test_truncation_leaves_room_for_the_output(engine: AsyncLLM, too_long: TooLo
     assert null.error == "prompt is null"
 
 
+class Watched:
+    """An engine that notes what it is asked to tokenize and to run."""
+
+    def __init__(self, engine: AsyncLLM) -> None:
+        self._engine = engine
+        self.tokenizer, self.max_prompt_len = engine.tokenizer, engine.max_prompt_len
+        self.alone: list[str] = []
+        self.together: list[int] = []
+        self.submitted: list[str | list[int]] = []
+
+    def encode(self, text: str) -> list[int]:
+        self.alone.append(text)
+        return self._engine.encode(text)
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        self.together.append(len(texts))
+        return self._engine.encode_batch(texts, add_special_tokens)
+
+    def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
+        self.submitted.append(prompt)
+        return self._engine.submit(prompt, params)
+
+
+@pytest.fixture(scope="module")
+def bos_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncLLM]:
+    """Its tokenizer puts a BOS before a text, as its chat template does, and its file asks to cut and to pad texts."""
+    path = bos_model(tmp_path_factory.mktemp("bos") / "model")
+    inner = Tokenizer.from_file(str(path / "tokenizer.json"))
+    inner.enable_truncation(8)
+    inner.enable_padding()
+    inner.save(str(path / "tokenizer.json"))
+    engine = AsyncLLM(str(path), max_model_len=128, kvcache_block_size=16, num_kvcache_blocks=16, max_num_seqs=8)
+    yield engine
+    engine.shutdown()
+
+
+def batch_rows(*bodies: dict[str, object]) -> pa.Table:
+    """Lines of OpenAI's format: chats where they have messages, completions where not."""
+    urls = ["/v1/chat/completions" if "messages" in body else "/v1/completions" for body in bodies]
+    texts = [json.dumps({"max_tokens": 2, **body}) for body in bodies]
+    columns = {"custom_id": [str(number) for number in range(len(bodies))], "method": ["POST"] * len(bodies)}
+    return pa.table({**columns, "url": urls, "body": texts}, schema=BATCH_SCHEMA)
+
+
+def run_batch(engine: Any, *bodies: dict[str, object], too_long: TooLong = "error") -> list[RowResult]:
+    table = batch_rows(*bodies)
+    requests = Requests(Settings(SamplingParams(ignore_eos=True), format="openai_batch"), table.schema)
+    requests.attach(engine.tokenizer, "m")
+    found: dict[int, RowResult] = {}
+    path = RowPath(engine, too_long)
+    asyncio.run(path.run(requests, requests.rows(table), [5] * len(bodies), found.__setitem__))
+    return [found[number] for number in range(len(bodies))]
+
+
+def say(text: str) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": text}]}
+
+
+AWKWARD = [
+    "",
+    " ",
+    "\n\n\t",
+    "a\0b",
+    "\ufeffbom",
+    "e\u0301 \u00e9",
+    "\u05e9\u05dc\u05d5\u05dd",
+    "\U0001f98a" * 9,
+    "<|endoftext|>the<|im_start|>",
+    "the quick " * 300,
+]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_texts_tokenized_together_are_what_they_are_alone(bos_engine: AsyncLLM, special: bool) -> None:
+    tokenizer = bos_engine.tokenizer
+    assert tokenizer is not None
+    together = bos_engine.encode_batch(AWKWARD, special)
+    assert together == [tokenizer.encode(text, add_special_tokens=special) for text in AWKWARD]
+    if special:
+        assert together == [bos_engine.encode(text) for text in AWKWARD]
+    assert len(together[-1]) > 600  # neither cut
+    assert len(together[1]) < 3  # nor padded
+    assert bos_engine.encode_batch([], special) == []
+
+
+def test_rows_are_tokenized_in_groups_and_begin_in_order(engine: AsyncLLM) -> None:
+    watched, begun = Watched(engine), []
+    values = [f"row {number}" if number % 10 else None for number in range(150)]
+    requests = Requests(Settings(SamplingParams(max_tokens=1)), pa.schema([("prompt", pa.string())]))
+    path = RowPath(watched, "error")  # type: ignore[arg-type]
+    rows = [{"prompt": value} for value in values]
+    run = path.run(requests, rows, range(150), lambda *_: None, lambda position, _: begun.append(position))
+    asyncio.run(run)
+    assert begun == list(range(150))
+    assert watched.alone == []
+    assert [count for count in watched.together if count] == [57, 58, 20]
+    assert watched.submitted == [engine.encode(value) for value in values if value is not None]
+
+
+def test_special_tokens_come_once(bos_engine: AsyncLLM) -> None:
+    tokenizer, watched = bos_engine.tokenizer, Watched(bos_engine)
+    assert tokenizer is not None
+    results = run_batch(
+        watched,
+        say("the fox"),
+        {"prompt": "the fox"},
+        {"prompt": "the fox", "add_special_tokens": False},
+        {"prompt": [4, 5]},
+        say("a dog"),
+    )
+    assert [row.error for row in results] == [None] * 5
+    bos = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    bare = tokenizer.encode("the fox", add_special_tokens=False)
+    turn = "<|endoftext|><|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n".format
+    chats = [tokenizer.encode(turn(text), add_special_tokens=False) for text in ("the fox", "a dog")]
+    assert watched.submitted == [chats[0], [bos, *bare], bare, [4, 5], chats[1]]
+    assert [ids.count(bos) for ids in watched.submitted] == [1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("too_long", ["error", "truncate_left"])
+def test_half_a_surrogate_pair_costs_its_own_row(engine: AsyncLLM, too_long: TooLong) -> None:
+    # JSON may hold one, and a tokenizer refuses all texts of a call for it.
+    why = "TextEncodeInput must be Union[TextInputSequence, Tuple[InputSequence, InputSequence]]"
+    good = [say("a fox"), {"prompt": "a dog"}, {"prompt": "a cat", "add_special_tokens": False}]
+    odd = [say("\ud83d"), {"prompt": "\ud83d"}, {"prompt": "\ud83d", "add_special_tokens": False}]
+    alone = run_batch(engine, *good, too_long=too_long)
+    assert [row.error for row in alone] == [None] * 3
+    mixed = run_batch(engine, *(body for pair in zip(good, odd, strict=True) for body in pair), too_long=too_long)
+    assert mixed[::2] == alone
+    plain = "the prompt cannot be tokenized" if too_long == "error" else "prompt cannot be tokenized"
+    assert [row.error for row in mixed[1::2]] == [
+        f"the chat template refuses the messages: {why}",
+        f"{plain}: {why}",
+        f"prompt cannot be tokenized: {why}",
+    ]
+    assert all((row.num_input_tokens, row.samples[0].finish_reason) == (0, "error") for row in mixed[1::2])
+
+
+def test_of_two_errors_a_rendered_prompts_comes_first(engine: AsyncLLM) -> None:
+    first, second, third = run_batch(
+        engine, {**say("\ud83d"), "top_p": 7}, {**say("fine"), "top_p": 7}, {"prompt": "\ud83d", "top_p": 7}
+    )
+    assert first.error is not None
+    assert first.error.startswith("the chat template refuses the messages: TextEncodeInput")
+    assert second.error == third.error
+    assert second.error is not None
+    assert second.error.startswith("top_p=7")
+
+
+def test_a_tokenizer_with_a_chat_of_its_own_makes_the_tokens(engine: AsyncLLM) -> None:
+    tokenizer = copy.copy(engine.tokenizer)
+
+    class Own(type(tokenizer)):  # type: ignore[misc]
+        def apply_chat_template(self, conversation: Any, tokenize: bool = True, **options: Any) -> Any:
+            return [7, 8] if tokenize else "no text has these tokens"
+
+    tokenizer.__class__ = Own
+    watched = Watched(engine)
+    watched.tokenizer = tokenizer
+    (row,) = run_batch(watched, say("hi"))
+    assert row.error is None
+    assert watched.submitted == [[7, 8]]
+
+
 def test_more_tokens_than_fit_truncate_to_one(engine: AsyncLLM) -> None:
     (row,) = run(engine, ["some words"], "truncate_right", max_tokens=1000)
     assert row.num_input_tokens == 1
@@ -90,6 +262,7 @@ class DyingEngine:
     """Answers short prompts, fails to tokenize one, and dies of another."""
 
     max_prompt_len = 10
+    tokenizer = None
 
     def encode(self, text: str) -> list[int]:
         return [1] * len(text)
