@@ -138,7 +138,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
         source = Path(directory) / "rows.parquet"
         ids = write_rows(source, args.rows)
-        whole = undisturbed(Path(directory), source)
+        whole = undisturbed(Path(directory), source, args.set)
         say(f"undisturbed: {whole.num_rows} rows after {time.monotonic() - began:.0f} s")
         while not result["plays"] or time.monotonic() - began < 60 * args.minutes:
             seed = args.seed + len(result["plays"])
