@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.local_nodes import LocalNodes
 from tests.integration.jobs import (
     GENERATE,
     REPOSITORY,
@@ -23,10 +24,12 @@ from tests.integration.jobs import (
     leases,
     report,
     run,
+    start,
     table_of,
     wait_for,
     write_prompts,
 )
+from tests.integration.test_elastic import loaded
 from tests.integration.test_predictor import head
 
 __all__ = ["head"]  # the fixture
@@ -109,7 +112,7 @@ def test_slurm_out_of_time_goes_on(
 
     done = run([*job, "--output", str(output)], tmp_path)  # what Slurm would start is this, on a cluster again
     assert done.returncode == 0
-    assert report(output)["rows_from_journals"] > 0
+    assert report(output)["this_start"]["reused_rows"] > 0
     assert table_of(output)["id"].to_pylist() == list(range(rows))
 
 
@@ -157,6 +160,53 @@ def test_the_hook_of_a_head_stops_its_jobs(
     none = command([sys.executable, "-m", "cluster.pre_stop", "12"], nowhere)
     assert none.returncode == 1
     assert "no job is stopped" in none.stderr
+
+
+WHICH = """
+import ray
+ray.init(logging_level="ERROR")
+print(next(node["NodeID"] for node in ray.nodes() if "going" in node["Resources"]))
+"""
+
+
+def test_a_node_that_is_about_to_go_hands_over(tmp_path: Path, chat_model_dir: Path) -> None:
+    """Nothing is journalled on this job's own account, so what its node had finished is there because the node was drained."""
+    rows = write_prompts(tmp_path / "in", {"a.parquet": 600})
+    output = tmp_path / "out"
+    arguments = ["--model", str(chat_model_dir), "--input", str(tmp_path / "in"), "--output", str(output), *SLOW]
+    arguments += [
+        "engine.device=cpu",
+        "run.num_gpus=1",
+        "run.replicas=1",
+        "run.shard_rows=600",
+        "run.journal_flush_s=1000",
+    ]
+    with LocalNodes() as nodes:
+        going = nodes.add_node(num_cpus=1, num_gpus=1, resources={"going": 1})
+        env = nodes.environment()
+        which = command([sys.executable, "-c", WHICH], env).stdout.split()[-1]
+        job = start(arguments, tmp_path, env=env)
+        try:
+            (worker,) = wait_for(lambda: loaded(going), job)
+            time.sleep(2)
+            worker.suspend()  # while this is said: it takes longer than the job
+            assert journalled_rows(output) == 0
+            drain = ["drain-node", "--node-id", which, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+            drain += ["--reason-message", "test", "--deadline-remaining-seconds", "60", "--address", env["RAY_ADDRESS"]]
+            done = command([sys.executable, "-m", "ray.scripts.scripts", *drain], env)
+            assert done.returncode == 0, done.stdout + done.stderr
+            worker.resume()
+            few = wait_for(lambda: journalled_rows(output), job)
+            wait_for(lambda: journalled_rows(output) > few, job)  # and again, until it goes
+            assert worker.is_running()
+            nodes.kill_node(going)
+            kept = journalled_rows(output)
+            nodes.add_node(num_cpus=1, num_gpus=1)
+        finally:
+            done = end(job)
+    assert done.returncode == 0
+    assert report(output)["this_start"]["reused_rows"] >= kept > 0
+    assert table_of(output)["id"].to_pylist() == list(range(rows))
 
 
 def command(words: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:

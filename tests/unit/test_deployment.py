@@ -19,6 +19,7 @@ import jsonschema
 import pytest
 import yaml
 from botocore.validate import ParamValidator
+from ray.scripts.scripts import cli
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -184,16 +185,21 @@ def test_a_cluster_is_safe_and_its_nodes_may_go(name: str, spec: Document) -> No
     for group in groups(spec):
         pod = group["template"]["spec"]
         assert pod["restartPolicy"] == "Never"
-        (hook,) = container(group)["lifecycle"]["preStop"].values()
-        command = " ".join(hook["command"])
-        waits = [float(number) for number in re.findall(r"(?:pre_stop|--grace-period) (\d+)", command)]
-        assert sum(waits) < pod["terminationGracePeriodSeconds"]
-        assert "ray stop" in command
+        shell, flag, script = container(group)["lifecycle"]["preStop"]["exec"]["command"]
+        assert (shell, flag) == ("/bin/sh", "-c")
+        commands = [shlex.split(each) for each in script.split(";")]
+        for words in commands:
+            if words[0] == "ray":
+                cli.commands[words[1]].make_context(words[1], words[2:])  # exits where an option is not known
+        waits = [float(number) for number in re.findall(r"(?:pre_stop|sleep|--grace-period) (\d+)", script)]
+        starts = 3.0 * sum(words[0] in ("ray", "python") for words in commands)
+        assert sum(waits) + starts < pod["terminationGracePeriodSeconds"]
+        assert commands[-1][:2] == ["ray", "stop"]
         resources = container(group)["resources"]
         assert resources["requests"] == resources["limits"]
     # The driver is on the head: what stops it must leave it the time that it needs, `ray job stop` included.
     stop = re.search(
-        r"python -m cluster.pre_stop (\d+)", " ".join(container(head)["lifecycle"]["preStop"]["exec"]["command"])
+        r"python -m cluster.pre_stop (\d+)", container(head)["lifecycle"]["preStop"]["exec"]["command"][-1]
     )
     assert stop
     patience = {each["name"]: each.get("value") for each in container(head)["env"]}["RAY_JOB_STOP_WAIT_TIME_S"]
@@ -405,28 +411,35 @@ def test_the_script_for_slurm_is_bash() -> None:
 
 
 def test_files_named_in_the_readme_exist() -> None:
-    text = (CLUSTER / "README.md").read_text()
+    text = re.sub(r"https?://\S+", "", (CLUSTER / "README.md").read_text())
     named = set(re.findall(r"\bcluster/[\w./-]+\w", text))
     assert named >= {"cluster/kuberay/rayjob/rayjob.yaml", "cluster/aws.yaml", "cluster/gcp.yaml", "cluster/slurm.sh"}
     for name in named:
         assert (REPOSITORY / name).exists(), name
-    for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text):
+    links = re.findall(r"\]\(([\w./-]+)\)", text)
+    assert links
+    for target in links:
         assert (CLUSTER / target).exists(), target
 
 
 def test_commands_in_the_readme_are_real() -> None:
     text = (CLUSTER / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"pipelines/generate\.py([^\n]*)", text)
-    commands += re.findall(r"cluster/slurm\.sh([^\n`]*)", text)
-    tried = 0
-    for arguments in (shlex.split(rest.partition("#")[0].partition("`")[0]) for rest in commands):
-        arguments = [str(RAYJOB.parent / "none.yaml") if "job.yaml" in each else each for each in arguments]
-        if not arguments:
-            continue
-        tried += 1
-        if "--config" in arguments:  # the job's file is the user's
-            place = arguments.index("--config")
-            del arguments[place : place + 2]
-            arguments += ["--model", "m", "--input", "in", "--output", "out"]
-        load(arguments)
-    assert tried >= 3
+    commands = re.findall(r"(?:pipelines/generate\.py|cluster/slurm\.sh) +(--[^\n#]*)", text)
+    assert len(commands) >= 4
+    for arguments in commands:
+        config = load(shlex.split(arguments)).config
+        assert config.model
+    settings = set(re.findall(r"`((?:run|engine|sampling)\.\w+)(?:=[^`]*)?`", text))
+    assert len(settings) >= 5
+    reference = (REPOSITORY / "pipelines" / "REFERENCE.md").read_text()
+    for name in settings:
+        assert f"| `{name}` |" in reference, name
+
+
+def test_the_user_secret_is_not_that_of_kuberay() -> None:
+    # KubeRay keeps the token of a cluster in a secret of the cluster's name.
+    for name, spec in cluster_specs():
+        secrets = {each["secretRef"]["name"] for group in groups(spec) for each in container(group)["envFrom"]}
+        assert secrets == {"nano-vllm-store"}, name
+    assert documents(RAYCLUSTER)["RayCluster"]["metadata"]["name"] == "nano-vllm"
+    assert "secret generic nano-vllm-store" in (CLUSTER / "README.md").read_text()
