@@ -170,15 +170,15 @@ print(next(node["NodeID"] for node in ray.nodes() if "going" in node["Resources"
 
 
 def test_a_node_that_is_about_to_go_hands_over(tmp_path: Path, chat_model_dir: Path) -> None:
-    """Nothing is journalled on this job's own account, so what its node had finished is there because the node was drained."""
-    rows = write_prompts(tmp_path / "in", {"a.parquet": 600})
+    """The job itself journals nothing in time, so what its node had finished is there because the node was drained."""
+    rows = write_prompts(tmp_path / "in", {"a.parquet": 200})
     output = tmp_path / "out"
     arguments = ["--model", str(chat_model_dir), "--input", str(tmp_path / "in"), "--output", str(output), *SLOW]
     arguments += [
         "engine.device=cpu",
         "run.num_gpus=1",
         "run.replicas=1",
-        "run.shard_rows=600",
+        "sampling.max_tokens=100",
         "run.journal_flush_s=1000",
     ]
     with LocalNodes() as nodes:
@@ -187,7 +187,7 @@ def test_a_node_that_is_about_to_go_hands_over(tmp_path: Path, chat_model_dir: P
         which = command([sys.executable, "-c", WHICH], env).stdout.split()[-1]
         job = start(arguments, tmp_path, env=env)
         try:
-            (worker,) = wait_for(lambda: loaded(going), job)
+            (worker,) = wait_for(lambda: loaded(going), job, 240)
             time.sleep(2)
             worker.suspend()  # while this is said: it takes longer than the job
             assert journalled_rows(output) == 0
