@@ -24,6 +24,7 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
+from cluster.draining import node_is_draining
 from nanovllm import EngineDeadError, RequestOutput, UserError
 from pipelines.attempts import AttemptLog, Diagnosis, diagnose, groups, spread
 from pipelines.columns import output_columns
@@ -326,7 +327,10 @@ class ShardWorker:
             os._exit(ENGINE_DIED)
 
     def report(self, board: ActorHandle[Any], name: str, flushed: bool) -> bool:
-        """Tell the driver's board how far this worker is; flush the journals and return True when the job stops."""
+        """Tell the driver's board how far this worker is; flush the journals and return True when the job stops.
+
+        Where the node is about to go they are flushed too, each time until it goes.
+        """
         stats = self._engine.stats()
         now = time.monotonic()
         if stats.steps != self._steps or not stats.num_running + stats.num_waiting:
@@ -349,7 +353,7 @@ class ShardWorker:
             stopping = bool(ray.get(board.report.remote(name, state), timeout=10 * REPORT_S))
         except ray.exceptions.RayError:
             return False  # the board is away; it comes back, or the job is over
-        if stopping:
+        if stopping or node_is_draining():
             for active in list(self._active.values()):
                 _try_flush(active.journal)
         return stopping
