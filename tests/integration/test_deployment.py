@@ -91,6 +91,7 @@ def left_over() -> list[str]:
     ]
 
 
+@pytest.mark.long
 def test_slurm_out_of_time_goes_on(
     slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path, chat_model_dir: Path
 ) -> None:
@@ -129,6 +130,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "10")
 
 
+@pytest.mark.long
 def test_the_hook_of_a_head_stops_its_jobs(
     patience: None, head: dict[str, str], tmp_path: Path, chat_model_dir: Path
 ) -> None:
@@ -169,6 +171,7 @@ print(next(node["NodeID"] for node in ray.nodes() if "going" in node["Resources"
 """
 
 
+@pytest.mark.long
 def test_a_node_that_is_about_to_go_hands_over(tmp_path: Path, chat_model_dir: Path) -> None:
     """The job itself journals nothing in time, so what its node had finished is there because the node was drained."""
     rows = write_prompts(tmp_path / "in", {"a.parquet": 120})
