@@ -117,6 +117,7 @@ def test_slurm_out_of_time_goes_on(
     assert table_of(output)["id"].to_pylist() == list(range(rows))
 
 
+@pytest.mark.long
 def test_slurm_gets_the_status_of_a_refusal(slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     done = end(slurm(1, "--model", "m", "--input", str(tmp_path / "none"), "--output", str(tmp_path / "out")))
     assert done.returncode == 2

@@ -130,6 +130,7 @@ def same(left: list[Any], right: list[Any]) -> None:
     np.testing.assert_allclose(*([entry["logprob"] for entry in side] for side in flat), atol=1e-4)
 
 
+@pytest.mark.long
 def test_equal_rows_are_generated_once(workplace: Path, repeated: Path, chat_model_dir: Path, tmp_path: Path) -> None:
     base = [
         "--model",
@@ -183,6 +184,7 @@ predict("rows", {"n": 2, "max_tokens": 6, "structured_outputs": {"regex": "[a-c]
 """
 
 
+@pytest.mark.long
 def test_the_predictor_gives_the_same_columns(repeated: Path, chat_model_dir: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(repeated), str(chat_model_dir), str(tmp_path)],
