@@ -54,6 +54,7 @@ def repeated(workplace: Path) -> Path:
     return source
 
 
+@pytest.mark.long
 def test_samples_as_rows_survive_a_kill_and_say_what_lists_say(
     workplace: Path, repeated: Path, chat_model_dir: Path
 ) -> None:

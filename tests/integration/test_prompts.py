@@ -65,6 +65,7 @@ def source(workplace: Path) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_killed_job_of_chats_ends_as_the_engine_answers(workplace: Path, source: Path, chat_model_dir: Path) -> None:
     output = workplace / "chats"
     arguments = ["--model", str(chat_model_dir), "--input", str(source), "--output", str(output), *SETTINGS]
