@@ -84,6 +84,7 @@ def test_padded_steps_give_the_same_tokens(
 ) -> None:
     """Rows that come and go: nearly every step has decodes and the chunk of a new prompt, one size or another."""
     monkeypatch.setattr(cuda_graph, "CAPTURE_AT", capture_at)
+    monkeypatch.setattr(cuda_graph, "CHUNK_DECODE_SIZES", 1)  # decodes are padded too
     common = {"kvcache_block_size": 16, "max_num_seqs": 3, "max_model_len": 64, **options}
     found = []
     for graphs_too in (False, True):
