@@ -219,6 +219,7 @@ class Clock:
             stream.write(struct.pack("q", int(hours * HOUR)))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 counts timed waits on the wall clock")
 def test_clocks_that_jump(undisturbed: Path, workplace: Path, arguments: list[str], preload: str) -> None:
     output = workplace / "clocks"
