@@ -133,9 +133,8 @@ class RowPath:
         for some, add_special_tokens in ((plain, True), (rendered, False)):
             try:
                 token_ids = self._engine.encode_batch([text for _, text in some.values()], add_special_tokens)
-            except (
-                Exception
-            ):  # of one text, or several: `_submit_row` tries each on its own, and only theirs are errors
+            except Exception:
+                # Of one text, or several: `_submit_row` tries each on its own, and only theirs are errors.
                 continue
             for (number, (request, _)), ids in zip(some.items(), token_ids, strict=True):
                 found[number] = request._replace(prompt=ids)

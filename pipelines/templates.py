@@ -76,7 +76,7 @@ class RowTemplate:
 
 
 class _NullError(Exception):
-    pass
+    """A null was about to be written out."""
 
 
 def _no_null(value: Any) -> Any:

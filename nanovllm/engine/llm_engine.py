@@ -91,11 +91,9 @@ class LLMEngine:
     def _as_text(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):
             return prompt
-        return (
-            ""
-            if self.tokenizer is None
-            else str(self.tokenizer.decode(list(prompt), clean_up_tokenization_spaces=False))
-        )
+        if self.tokenizer is None:
+            return ""
+        return str(self.tokenizer.decode(list(prompt), clean_up_tokenization_spaces=False))
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence from `make_sequence`."""

@@ -10,6 +10,7 @@ import torch
 
 from nanovllm.kernels.triton_compat import tl, triton
 
+# The fastest of 1,024 to 8,192 columns and 4 to 16 warps (bench/NOTES.md).
 BLOCK = 4096
 WARPS = 8
 
