@@ -35,6 +35,7 @@ from pipelines.counts import Counts, count_rows, counted
 from pipelines.inputs import Dataset, list_dataset, measure, read_rows
 from pipelines.job import Command, JobConfig, load
 from pipelines.lease import Lease, LeaseLost
+from pipelines.metrics import JobMetrics
 from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
 from pipelines.prompts import Rendered
@@ -254,7 +255,7 @@ def run_job(job: Job, output: OutputDirectory, engine: Callable[..., Engine] | N
         try:
             lease.acquire()
             for claim in lease.superseded:
-                print(f"taking over from {claim}, which died without releasing the output", flush=True)
+                _say(job.config, f"taking over from {claim}, which died without releasing the output")
             _run_alone(_look_again(job, output), output, lease, stop, engine)
         finally:
             stop.finish()
@@ -284,18 +285,18 @@ def _run_alone(
     pending = _pending(job, output)
     total_rows = sum(shard.rows for shard in job.shards)
     resumed_rows = total_rows - sum(shard.rows for shard in pending)
-    progress = Progress(total_rows, resumed_rows, job.config.run.progress_s)
+    progress = Progress(total_rows, resumed_rows, job.config.run.progress_s, quiet=job.config.run.quiet)
     if not pending:
         Run(job, output, lease, job.owner, None, progress, engine).finish(resumed_rows, total_rows)
         return
     if _ray_address() == "local":
         owner = _take_possession(job, output, lease)
-    with _ray(stop):
+    with _ray(stop, job.config.run.quiet):
         placement = _place_on_cluster(job.config)
         if _ray_address() != "local":
             owner = _take_possession(job, output, lease)
         if resumed_rows:
-            print(f"resuming: {resumed_rows:,} of {total_rows:,} rows are already committed", flush=True)
+            _say(job.config, f"resuming: {resumed_rows:,} of {total_rows:,} rows are already committed")
         run = Run(job, output, lease, owner, placement, progress, engine)
         run.execute(pending, stop)
     run.finish(resumed_rows, total_rows)
@@ -316,8 +317,8 @@ def _ray_address() -> str:
 
 
 @contextmanager
-def _ray(stop: StopSignals) -> Iterator[None]:
-    """Ray for the length of a job.
+def _ray(stop: StopSignals, quiet: bool) -> Iterator[None]:
+    """Ray for the length of a job. `quiet`: what workers print stays in Ray's logs.
 
     Raises:
         UserError: there is no cluster at RAY_ADDRESS.
@@ -327,7 +328,7 @@ def _ray(stop: StopSignals) -> Iterator[None]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": True}
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": not quiet}
     if address == "local":
         options["include_dashboard"] = False
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # `ray job submit` has shipped the working directory already
@@ -358,6 +359,12 @@ def _place_on_cluster(config: JobConfig) -> Placement:
     import ray
 
     return _place(config, ray.cluster_resources().get("GPU", 0))
+
+
+def _say(config: JobConfig, line: str) -> None:
+    """Tell what nobody needs to know who only waits for the end."""
+    if not config.run.quiet:
+        print(line, flush=True)
 
 
 class Run:
@@ -403,6 +410,7 @@ class Run:
         """
         import ray
 
+        self._metrics = JobMetrics(self._config.output)
         board = ray.remote(ProgressBoard).options(num_cpus=0, max_restarts=-1, max_task_retries=3).remote()
         finished = threading.Event()
         printer = threading.Thread(target=self._print_progress, args=(board, finished), daemon=True)
@@ -413,9 +421,12 @@ class Run:
             for result in self._results_of(pending, board):
                 self._take(result, shards[result.index])
             if self._apart:
-                print(f"engines died; suspect rows of {len(self._apart):,} shards are now tried apart", flush=True)
+                _say(self._config, f"engines died; suspect rows of {len(self._apart):,} shards are now tried apart")
                 for result in self._results_of(self._apart, board, apart=True):
                     self._take(result, shards[result.index])
+            finished.set()
+            printer.join()
+            self._look(board)
         except JobFailed:
             raise
         except Exception as error:  # Ray and Ray Data raise many kinds; each ends this start
@@ -499,6 +510,9 @@ class Run:
             self._failures[where] = result.reason or ""
             return
         self._progress.committed_rows += shard.rows
+        if result.counts is not None:
+            self._progress.committed_errors += result.counts["error_rows"]
+            self._metrics.committed(result.counts)
         self._reused_rows += result.reused_rows
         self._unwritten.append(result)
         if time.monotonic() - self._written_at > self._config.run.journal_flush_s:
@@ -519,9 +533,13 @@ class Run:
     def _print_progress(self, board: ActorHandle[Any], finished: threading.Event) -> None:
         """Thread: sample the board every second."""
         while not finished.wait(1.0):
-            workers = _read_board(board, timeout_s=5) or []
-            self._progress.sample(workers)
-            self._watchdog.look(workers)
+            self._watchdog.look(self._look(board))
+
+    def _look(self, board: ActorHandle[Any]) -> list[tuple[float, WorkerState]]:
+        """Sample the board once, for the lines and for Prometheus; what it says."""
+        workers = _read_board(board, timeout_s=5) or []
+        self._metrics.look(workers, self._progress.sample(workers), self._progress.total_rows)
+        return workers
 
     def _flush_workers(self, board: ActorHandle[Any]) -> None:
         """Before the job is stopped: let workers flush their journals, so that the next start repeats nothing that is finished."""
@@ -577,9 +595,10 @@ class Run:
         rate = f", {report['this_start']['generated_tokens'] / seconds:,.0f} tok/s" if seconds else ""
         print(
             f"finished: {counts.rows:,} rows ({counts.error_rows:,} with an error{copies}), {counts.input_tokens:,} tokens in, "
-            f"{counts.generated_tokens:,} out, {duration(seconds)}{rate}"
+            f"{counts.generated_tokens:,} out, {duration(seconds)}{rate}",
+            flush=True,
         )
-        print(f"output   {self._config.output}\nreport   {self._output.run.child('report.html').path}", flush=True)
+        _say(self._config, f"output   {self._config.output}\nreport   {self._output.run.child('report.html').path}")
 
     def _answer(self) -> None:
         """Write the answers to the requests of a batch, where the input is one.
@@ -597,7 +616,7 @@ class Run:
             print(
                 f"warning: {repeated:,} requests have the custom_id of an earlier one, the first of them {custom_id!r}"
             )
-        print(f"answers  {self._output.place.child(RESULTS).path}")
+        _say(self._config, f"answers  {self._output.place.child(RESULTS).path}")
 
     def _confirm(self) -> None:
         """See that the output is this start's, before what only its holder may write.

@@ -24,6 +24,7 @@ from nanovllm.utils.validation import parse, suggest
 from pipelines.columns import OutputColumns, check_names, choose_columns
 from pipelines.dedupe import Deduplicated, check_dedupe
 from pipelines.job import ColumnsConfig, PromptConfig, TooLong, check_prompt, read_prompt_files
+from pipelines.metrics import EngineMetrics
 from pipelines.requests import Requests, per_row_parameters, row_seed
 from pipelines.results import RowResult
 from pipelines.row_values import OBJECTS, column_values, plain
@@ -108,6 +109,7 @@ class NanoVLLMPredictor:
             check_dedupe("dedupe", self._settings.sampling)
         check_sampling(engine, self._settings.sampling)
         self._engine = AsyncLLM(model, **engine_options)
+        self._metrics = EngineMetrics(output="")
         self._rows = RowPath(Deduplicated(self._engine) if dedupe else self._engine, self._settings.prompt.too_long)
 
     def __del__(self) -> None:
@@ -129,11 +131,18 @@ class NanoVLLMPredictor:
         rows = requests.rows_of(read)
         seeds = [row_seed(self._seed, requests.key(row)) for row in rows]
         results: dict[int, RowResult] = {}
+
+        def done(row: int, result: RowResult) -> None:
+            results[row] = result
+            self._metrics.row(result)
+
+        self._metrics.report(self._engine.stats())
         try:
-            await self._rows.run(requests, rows, seeds, results.__setitem__)
+            await self._rows.run(requests, rows, seeds, done)
         except EngineDeadError as error:
             print(f"the engine died: {error}", file=sys.stderr, flush=True)
             os._exit(ENGINE_DIED)
+        self._metrics.report(self._engine.stats())
         return columns.extend(table, [results[row] for row in range(len(rows))])
 
     def _for_input(self, schema: pa.Schema) -> tuple[Requests, OutputColumns]:

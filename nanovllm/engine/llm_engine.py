@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence as Sized
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ from nanovllm.engine.request_maker import Prompt, RequestMaker
 from nanovllm.engine.row_sampling import SamplingInput, build_sampling_input, note_logprobs
 from nanovllm.engine.scheduler import ScheduledSequence, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.engine.stats import EngineStats
+from nanovllm.engine.stats import EngineStats, StepTimes
 from nanovllm.outputs import RequestOutput
 from nanovllm.preflight import check_model
 from nanovllm.sampling_params import SamplingParams
@@ -60,6 +61,7 @@ class LLMEngine:
         )
         self._start_empty()
         self.steps = self.prompt_tokens = self.generated_tokens = self.cached_tokens = 0
+        self.step_times = StepTimes()
 
     @property
     def max_prompt_len(self) -> int:
@@ -119,6 +121,7 @@ class LLMEngine:
         Raises:
             EngineDeadError: a rank died; this engine cannot be used any more.
         """
+        began = time.perf_counter()
         batch = order_batch(self.scheduler.schedule())
         finished: list[tuple[Sequence, RequestOutput]] = []
         if batch:
@@ -138,6 +141,8 @@ class LLMEngine:
         # Nothing to launch: what is in flight must come first.
         if self.in_flight and (not batch or len(self.in_flight) > self.config.async_scheduling):
             finished += self._collect()
+        if batch:
+            self.step_times.add(time.perf_counter() - began)
         return finished
 
     def _constrain(self, asked: SamplingInput, finished: list[tuple[Sequence, RequestOutput]]) -> SamplingInput:
@@ -239,6 +244,8 @@ class LLMEngine:
             cached_tokens=self.cached_tokens,
             preemptions=self.scheduler.num_preemptions,
             kv_usage=1 - self.block_manager.num_free_blocks / total,
+            step_s=self.step_times.seconds,
+            step_times=tuple(self.step_times.counts),
         )
 
     def exit(self) -> None:
