@@ -57,6 +57,7 @@ ENGINE = (
     Metric("nanovllm_waiting_requests", "gauge", "requests", "queued in the engine"),
     Metric("nanovllm_kv_usage", "gauge", "0 to 1", "part of the KV pool held by sequences"),
 )
+# Of these the counters are told once for each shard, whatever dies: their sums are those of the report.
 JOB = (
     Metric("nanovllm_committed_rows", "counter", "rows", "in files that this start committed"),
     Metric("nanovllm_committed_error_rows", "counter", "rows", "of these with an error, by kind", ("kind",)),
@@ -70,7 +71,7 @@ JOB = (
 METRICS = ENGINE + JOB
 
 
-class _Recorder:
+class Recorder:
     """Ray's objects for some metrics of one job, told apart by the address of its output, without its options."""
 
     def __init__(self, metrics: Iterable[Metric], output: str) -> None:
@@ -90,7 +91,7 @@ class _Recorder:
     def add(self, name: str, value: float, kind: str | None = None) -> None:
         """Count; nothing where it is nothing, which Ray refuses."""
         if value > 0:
-            self._objects[name].inc(value, None if kind is None else {"kind": self._kind(kind)})
+            self._objects[name].inc(value, None if kind is None else {"kind": self.label(kind)})
 
     def set(self, name: str, value: float) -> None:
         """Say how much it is now. Ray forgets that after two of its reports, so it must be said again and again."""
@@ -101,7 +102,8 @@ class _Recorder:
         for _ in range(times):
             self._objects[name].observe(value)
 
-    def _kind(self, kind: str) -> str:
+    def label(self, kind: str) -> str:
+        """The label of a kind of errors: itself, cut, or `OTHER` where there are many."""
         kind = kind[:MAX_KIND_CHARS]
         if kind not in self._kinds and len(self._kinds) >= MAX_KINDS:
             return OTHER
@@ -113,7 +115,7 @@ class EngineMetrics:
     """Metrics of one engine. `row` is for the thread that ends rows, `report` for any; only `report` calls Ray."""
 
     def __init__(self, output: str) -> None:
-        self._recorder = _Recorder(ENGINE, output)
+        self._recorder = Recorder(ENGINE, output)
         self._lock = threading.Lock()
         self._told = EngineStats(0, 0, 0, 0, 0, 0, 0, 0.0)
         self._rows = 0
@@ -152,7 +154,7 @@ class JobMetrics:
     """Metrics of one start of a job, from its driver: what is committed is told once, whatever dies."""
 
     def __init__(self, output: str) -> None:
-        self._recorder = _Recorder(JOB, output)
+        self._recorder = Recorder(JOB, output)
         self._restarted: set[tuple[str, int, str | None]] = set()
 
     def committed(self, counts: Mapping[str, Any]) -> None:
