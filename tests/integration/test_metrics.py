@@ -19,7 +19,10 @@ from tests.faults import actors
 from tests.integration.jobs import SLOW, end, journalled_rows, parts, report, start, wait_for
 from tests.prometheus import Prometheus, prometheus
 
-pytestmark = pytest.mark.skipif(not real.installed(), reason="needs Prometheus (Debian's package prometheus)")
+pytestmark = [
+    pytest.mark.skipif(not real.installed(), reason="needs Prometheus (Debian's package prometheus)"),
+    pytest.mark.timeout(600),
+]
 
 # Panels of what need not happen, or not while Prometheus looks.
 MAY_BE_EMPTY = {"Time left", "Preemptions a second"}
@@ -64,7 +67,7 @@ def watched(workplace: Path, dataset: Path, chat_model_dir: Path) -> Iterator[Wa
 
 def hold(job: subprocess.Popen[str], output: Path, server: Prometheus) -> None:
     """Suspend the driver half-way until Prometheus has something of an engine: at a job's end Ray may kill engines before they tell."""
-    wait_for(lambda: journalled_rows(output) or parts(output), job)
+    wait_for(lambda: journalled_rows(output) or parts(output), job, 300)
     driver = psutil.Process(job.pid)
     driver.suspend()
     try:
@@ -152,7 +155,7 @@ def test_a_killed_engine_is_counted(
     arguments = ["--model", str(chat_model_dir), "--input", str(dataset), "--output", str(output), *SLOW]
     job = start([*arguments, "run.replicas=2"], workplace, env=watched.nodes.environment())
     try:
-        wait_for(lambda: len(parts(output)) >= 1 and actors(watched.nodes), job)
+        wait_for(lambda: len(parts(output)) >= 1 and actors(watched.nodes), job, 300)
         actors(watched.nodes)[0].kill()
     finally:
         done = end(job)
