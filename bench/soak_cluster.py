@@ -1,6 +1,7 @@
 """Jobs one after another on a cluster of this machine that grows from one node to four and shrinks to two in each, under a real Prometheus.
 
     python bench/soak_cluster.py --minutes 10 --rows 3000 --save soak_cluster_cpu
+    python bench/soak_cluster.py --minutes 1 --rows 300 --max-num-seqs 2
 
 Nodes are real raylets; those that go are killed with all that runs on them, in the middle of the job. Every node has one GPU that Ray
 believes in, so an engine (on the CPU) comes with each node. After each job: the rows are those of an undisturbed job, in order, and
@@ -36,13 +37,14 @@ SCALES = (1, 4, 2)
 SHARDS = 60
 POLL_S = 0.1
 SETTLE_S = 120.0  # for what the driver told last to be exported and scraped
+LAST_SCRAPES_S = 8.0
 COMMITTED = {  # of the report -> of Prometheus
     "rows": "ray_nanovllm_committed_rows_total",
     "error_rows": "ray_nanovllm_committed_error_rows_total",
     "input_tokens": "ray_nanovllm_committed_prompt_tokens_total",
     "generated_tokens": "ray_nanovllm_committed_generated_tokens_total",
 }
-COMPUTED = {  # by engines, what was lost with killed ones less what these had not told
+COMPUTED = {  # by engines, as far as they told before they were killed
     "finished_rows": "ray_nanovllm_finished_rows_total",
     "prompt_tokens": "ray_nanovllm_prompt_tokens_total",
     "generated_tokens": "ray_nanovllm_generated_tokens_total",
@@ -54,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="begin no further job after so long")
     parser.add_argument("--rows", type=int, default=3000, help="of each job")
-    parser.add_argument("--max-num-seqs", type=int, default=2, help="few, so that a job lasts for all its changes")
+    parser.add_argument("--max-num-seqs", type=int, default=8, help="few, so that a job lasts for all its changes")
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json")
     return parser.parse_args()
 
@@ -120,13 +122,12 @@ class Soak:
         return record, pq.read_table(output)
 
     def _totals(self, output: Path, report: dict[str, Any]) -> dict[str, float]:
-        """What Prometheus has of a job, once it has all rows or will not get them."""
+        """What Prometheus has of a job, once it has all rows or will not get them. Killed nodes take what their engines told along."""
         only = f'output="{output}"'
-        deadline = time.monotonic() + SETTLE_S
-        while time.monotonic() < deadline:
-            if self._server.total(COMMITTED["rows"], only) >= report["rows"]:
-                break
-            time.sleep(POLL_S)
+        for name, patience_s in ((COMMITTED["rows"], SETTLE_S), (COMPUTED["finished_rows"], LAST_SCRAPES_S)):
+            deadline = time.monotonic() + patience_s
+            while self._server.total(name, only) < report["rows"] and time.monotonic() < deadline:
+                time.sleep(POLL_S)
         return {key: self._server.total(name, only) for key, name in COMMITTED.items()} | {
             f"computed_{key}": self._server.total(name, only) for key, name in COMPUTED.items()
         }
