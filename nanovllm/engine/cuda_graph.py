@@ -179,8 +179,9 @@ class ChunkGraphs:
 
     def replay(
         self, chunks: ChunkStep, shape: ChunkShape, tiles: npt.NDArray[np.int32]
-    ) -> tuple[torch.Tensor, ...] | None:
-        """Run a step of `shape`; what `forward` returns, of the sequences that sample, valid until the next graph of this pool.
+    ) -> tuple[ChunkShape, tuple[torch.Tensor, ...]] | None:
+        """Run a step of `shape`; the size it was padded to, and what `forward` returns, of the sequences that sample, valid until the next
+        graph of this pool.
 
         None: there is no graph for it, nothing was done.
         """
@@ -198,7 +199,7 @@ class ChunkGraphs:
         graph, outputs = self.graphs[padded]
         graph.replay()
         hidden, *of_samples = outputs
-        return hidden, *(tensor[: shape.samples] for tensor in of_samples)
+        return padded, (hidden, *(tensor[: shape.samples] for tensor in of_samples))
 
     def _capture(self, shape: ChunkShape) -> None:
         while len(self.graphs) >= MAX_CHUNK_GRAPHS:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from nanovllm.config import EngineConfig
@@ -73,12 +74,19 @@ class Forward(NamedTuple):
     Attributes:
         hidden: [T, H] of all tokens; last: [S, H] of those sequences' last ones.
         slots, lens: [S] their state slots, and tokens in the cache.
+        decodes, padding: rows of `hidden` that are decodes, and those after them that are nothing's, as in a padded CUDA graph.
     """
 
     hidden: torch.Tensor
     last: torch.Tensor
     slots: torch.Tensor
     lens: torch.Tensor
+    decodes: int = 0
+    padding: int = 0
+
+    def hidden_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where in `hidden` the tokens of a step are that stand at `rows` of it without padding."""
+        return np.where(rows < self.decodes, rows, rows + self.padding)
 
 
 class ModelRunner:
@@ -239,7 +247,8 @@ class ModelRunner:
             raw = self.extended_sampler.replace_keys(logits, slots, asked, keys)
             self.state.advance(keys, slots, forward.lens, tokens)
             logprobs = self.extended_sampler.sampled(raw, slots, asked, tokens)
-        return StepCopy(tokens, logprobs, self.extended_sampler.score(forward.hidden, asked))
+        scored = asked._replace(score_rows=forward.hidden_rows(asked.score_rows))
+        return StepCopy(tokens, logprobs, self.extended_sampler.score(forward.hidden, scored))
 
     def discard(self) -> None:
         """Forget a step that was cut short between its sampling and the state's advance, or before its sampling."""
@@ -262,7 +271,7 @@ class ModelRunner:
         chunk_graphs = None
         if self.backend.most_tiles(1, 1):
             chunk_graphs = ChunkGraphs(
-                lambda inputs: self._forward_chunks(inputs, None),
+                lambda inputs: self._forward_chunks(inputs, None)[:4],
                 self.backend.most_tiles,
                 count,
                 self.config.max_num_batched_tokens,
@@ -290,7 +299,8 @@ class ModelRunner:
         if self.chunk_graphs is not None:
             replayed = self.chunk_graphs.replay(chunks, shape, tiles)
             if replayed is not None:
-                return Forward(*replayed)
+                padded, (hidden, last, slots, lens) = replayed
+                return Forward(hidden, last, slots, lens, shape.decodes, padded.decodes - shape.decodes)
         array = to_device(chunks.pack(shape, tiles, self.state.padding_slot), self.device)
         return self._forward_chunks(ChunkInput.of(array, shape), chunks)
 

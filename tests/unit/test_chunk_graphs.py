@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.engine import cuda_graph
 from nanovllm.engine.chunk_input import ChunkInput, ChunkShape
 from nanovllm.engine.cuda_graph import ChunkGraphs
@@ -48,7 +48,7 @@ def use_graphs(llm: LLM, monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, ...
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     runner = llm.executor.runner  # type: ignore[attr-defined]
     runner.chunk_graphs = ChunkGraphs(
-        lambda inputs: runner._forward_chunks(inputs, None),
+        lambda inputs: runner._forward_chunks(inputs, None)[:4],
         runner.backend.most_tiles,
         runner.max_num_seqs,
         llm.config.max_num_batched_tokens,
@@ -64,10 +64,23 @@ RNG = random.Random(3)
 SHARED = [RNG.randrange(257) for _ in range(18)]
 # Triton's interpreter takes a second a step.
 PROMPTS = [SHARED * (i % 3 == 0) + [RNG.randrange(257) for _ in range(RNG.randint(1, 20))] for i in range(8)]
+# Some are scored, in steps with others' decodes before them.
 PARAMS = [
-    SamplingParams(temperature=0.9 * (i % 2), max_tokens=RNG.randint(1, 5), seed=i, top_k=5 * (i % 4 == 3))
+    SamplingParams(
+        temperature=0.9 * (i % 2),
+        max_tokens=RNG.randint(1, 5),
+        seed=i,
+        top_k=5 * (i % 4 == 3),
+        prompt_logprobs=1 if i in (4, 6) else None,
+    )
     for i in range(len(PROMPTS))
 ]
+
+
+def scores(output: RequestOutput) -> list[float]:
+    """Log-probabilities of a prompt's tokens, where they were asked for."""
+    positions = output.get("prompt_logprobs") or [None]
+    return [entry.logprob for position in positions[1:] for entry in (position or {}).values()]
 
 
 @pytest.mark.parametrize(
@@ -86,19 +99,23 @@ def test_padded_steps_give_the_same_tokens(
     monkeypatch.setattr(cuda_graph, "CAPTURE_AT", capture_at)
     monkeypatch.setattr(cuda_graph, "CHUNK_DECODE_SIZES", 1)  # decodes are padded too
     common = {"kvcache_block_size": 16, "max_num_seqs": 3, "max_model_len": 64, **options}
-    found = []
+    found, scored = [], []
     for graphs_too in (False, True):
         llm = LLM(str(model_dir), attention_backend="triton", **common)
         graphs = use_graphs(llm, monkeypatch, tokens) if graphs_too else None
         outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
         assert [output["error"] for output in outputs] == [None] * len(outputs)
         found.append([output["token_ids"] for output in outputs])
+        scored.append([scores(output) for output in outputs])
         if graphs is not None:
             replays = {shape: graph.count for shape, (graph, _) in graphs.graphs.items()}  # type: ignore[attr-defined]
             assert sum(replays.values()) >= 4, replays
             assert all(count < cuda_graph.CAPTURE_AT for shape, count in graphs.wanted.items() if shape not in replays)
         llm.exit()
     assert found[0] == found[1]
+    assert sum(map(bool, scored[0])) == 2
+    for plain, padded in zip(*scored, strict=True):
+        assert padded == pytest.approx(plain, abs=1e-4)
 
 
 def test_sizes(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
