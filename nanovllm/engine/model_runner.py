@@ -14,12 +14,20 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.chunk_input import ChunkInput, ChunkShape, ChunkStep
-from nanovllm.engine.cuda_graph import MAX_CHUNK_GRAPHS, ChunkGraphs, DecodeGraphs, graph_sizes, most_chunk_tokens
+from nanovllm.engine.cuda_graph import (
+    MAX_CHUNK_GRAPHS,
+    ChunkGraphs,
+    DecodeGraphs,
+    MaskedSampling,
+    graph_sizes,
+    most_chunk_tokens,
+)
 from nanovllm.engine.device_state import DeviceState
 from nanovllm.engine.extended_sampler import ExtendedSampler
 from nanovllm.engine.model_input import ModelInput
 from nanovllm.engine.row_sampling import SamplingInput
 from nanovllm.engine.step_result import StepCopy
+from nanovllm.engine.token_masks import mask_words
 from nanovllm.errors import UserError
 from nanovllm.kernels.sampling import LEAST_KEY, RowMasks
 from nanovllm.layers.attention import Attention, AttentionBatch, select_backend
@@ -150,7 +158,8 @@ class ModelRunner:
         self.extended_sampler = ExtendedSampler(
             self.model.lm_head, self.state.temperatures, self.state.seeds, self.state.steps
         )
-        self.waits: Forward | None = None
+        self.masked_sampling: MaskedSampling | None = None
+        self.waits: tuple[Forward, npt.NDArray[np.int64]] | None = None
 
     @property
     def uses_graphs(self) -> bool:
@@ -206,7 +215,8 @@ class ModelRunner:
         pool = f"{num_blocks} KV blocks of {self.config.kvcache_block_size} tokens ({num_blocks * self.block_bytes >> 20} MiB)"
         parts = [name, dtype, f"attention backend {backend}", pool]
         if self.uses_graphs:
-            self.graphs, self.forward_graphs, self.chunk_graphs = self._make_graphs()
+            self._make_graphs()
+            assert self.graphs is not None
             took = f"{self.graphs.seconds:.1f} s and {self.graphs.num_bytes >> 20} MiB"
             parts.append(f"{len(self.graphs.sizes)} CUDA graphs in {took}")
         else:
@@ -228,15 +238,19 @@ class ModelRunner:
         else:
             forward = self._decode(to_device(step.slots, self.device), step.context_lens)
         if step.extended:
-            self.waits = forward
+            self.waits = forward, step.slots[step.sample_rows]
             return None
         return StepCopy(self._sample(forward))
 
     @torch.inference_mode()
     def sample(self, asked: SamplingInput) -> StepCopy:
         """Sample the extended step that was launched last; what it samples and reports, once it is done."""
-        forward, self.waits = self.waits, None
-        assert forward is not None, "no step waits for its sampling"
+        assert self.waits is not None, "no step waits for its sampling"
+        (forward, host_slots), self.waits = self.waits, None
+        if self.masked_sampling is not None and asked.asks_only_masks:
+            return StepCopy(
+                self.masked_sampling.replay(forward.last, forward.lens, host_slots, asked.row_masks, asked.masked_rows)
+            )
         slots, keys = forward.slots, self.keys[: len(forward.slots)]
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
         logprobs = None
@@ -255,8 +269,8 @@ class ModelRunner:
         self.keys.fill_(LEAST_KEY)
         self.waits = None
 
-    def _make_graphs(self) -> tuple[DecodeGraphs, DecodeGraphs, ChunkGraphs | None]:
-        """Graphs of whole decode steps, and those, made as they are needed, that leave out the sampling: of decodes, and with chunks."""
+    def _make_graphs(self) -> None:
+        """Graphs of whole decode steps, and those, made as they are needed, of steps without their sampling and of sampling with masks."""
 
         def whole(slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return (self._sample(self._decode(slots, None)),)
@@ -266,20 +280,33 @@ class ModelRunner:
             return step.hidden, step.lens
 
         count, padding = self.max_num_seqs, self.state.padding_slot
-        graphs = DecodeGraphs(whole, count, padding, self.device)
-        graphs.capture_all()
-        chunk_graphs = None
+        self.graphs = DecodeGraphs(whole, count, padding, self.device)
+        self.graphs.capture_all()
+        pool = self.graphs.pool
+        self.forward_graphs = DecodeGraphs(forward, count, padding, self.device, pool)
+        self.masked_sampling = self._make_masked_sampling(pool)
         if self.backend.most_tiles(1, 1):
-            chunk_graphs = ChunkGraphs(
+            self.chunk_graphs = ChunkGraphs(
                 lambda inputs: self._forward_chunks(inputs, None)[:4],
                 self.backend.most_tiles,
                 count,
                 self.config.max_num_batched_tokens,
                 padding,
                 self.device,
-                graphs.pool,
+                pool,
             )
-        return graphs, DecodeGraphs(forward, count, padding, self.device, graphs.pool), chunk_graphs
+
+    def _make_masked_sampling(self, pool: tuple[int, int]) -> MaskedSampling:
+        def sample(last: torch.Tensor, slots: torch.Tensor, lens: torch.Tensor, masks: RowMasks) -> torch.Tensor:
+            return self._sample(Forward(last, last, slots, lens), masks)
+
+        sizes, padding = self._masked_sampling_sizes, self.state.padding_slot
+        return MaskedSampling(sample, *sizes, padding, self.device, pool)
+
+    @property
+    def _masked_sampling_sizes(self) -> tuple[int, int, torch.dtype, int]:
+        config = self.model_config
+        return config.hidden_size, mask_words(config.vocab_size), self.dtype, self.max_num_seqs
 
     def _decode(self, slots: torch.Tensor, host_lens: list[int] | None) -> Forward:
         """One token more of each sequence in `slots` [B]."""
@@ -333,13 +360,13 @@ class ModelRunner:
         hidden = self.model(token_ids, positions, context)
         return Forward(hidden, hidden[inputs.last_rows], inputs.slots, inputs.lens)
 
-    def _sample(self, forward: Forward) -> torch.Tensor:
+    def _sample(self, forward: Forward, masks: RowMasks | None = None) -> torch.Tensor:
         """The next tokens [S]; the state moves past them."""
         slots = forward.slots
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
         if len(slots):
             keys = self.keys[: len(slots)]
-            self._draw(self.model.compute_logits(forward.last), slots, keys)
+            self._draw(self.model.compute_logits(forward.last), slots, keys, masks)
             self.state.advance(keys, slots, forward.lens, tokens)
         return tokens
 
@@ -396,6 +423,9 @@ class ModelRunner:
             # Only one graph runs at a time, so they share the largest one's memory; each has its own description.
             graphs = 2 * len(graph_sizes(count)) + MAX_CHUNK_GRAPHS
             graph_bytes = peak * 5 // 4 + graphs * len(self.attention_layers) * GRAPH_LAYER_BYTES
+            # Of masked sampling, whose graphs are no larger than a layer's part of another.
+            graph_bytes += len(graph_sizes(count)) * GRAPH_LAYER_BYTES
+            graph_bytes += MaskedSampling.num_bytes(*self._masked_sampling_sizes)
         self._allocate_kv_cache(0)
         return graph_bytes
 

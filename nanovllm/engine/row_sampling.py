@@ -190,6 +190,11 @@ class SamplingInput(NamedTuple):
     score_pairs: Ints
     num_score_top: int
 
+    @property
+    def asks_only_masks(self) -> bool:
+        """Whether there are masks, and nothing else."""
+        return len(self.masked_rows) > 0 and not len(self.rows) and not len(self.score_rows)
+
     def with_grammar(
         self, masks: Masks, masked_rows: Sequence[int], rows: Sequence[int], bans: Sequence[tuple[int, int]]
     ) -> SamplingInput:

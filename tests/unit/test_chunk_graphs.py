@@ -36,16 +36,21 @@ class Replay:
         self.count += 1
 
 
-def use_graphs(llm: LLM, monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, ...]) -> ChunkGraphs:
-    """Give a CPU engine graphs of steps with chunks."""
+def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs without CUDA."""
 
     def capture(run: Callable[[], tuple[torch.Tensor, ...]], *_: Any) -> tuple[Replay, tuple[torch.Tensor, ...]]:
         outputs = tuple(tensor.clone() for tensor in run())
         return Replay(run, outputs), outputs
 
     monkeypatch.setattr(cuda_graph, "capture", capture)
-    monkeypatch.setattr(cuda_graph, "CHUNK_TOKENS", tokens)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+
+
+def use_graphs(llm: LLM, monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, ...]) -> ChunkGraphs:
+    """Give a CPU engine graphs of steps with chunks."""
+    emulate(monkeypatch)
+    monkeypatch.setattr(cuda_graph, "CHUNK_TOKENS", tokens)
     runner = llm.executor.runner  # type: ignore[attr-defined]
     runner.chunk_graphs = ChunkGraphs(
         lambda inputs: runner._forward_chunks(inputs, None)[:4],
@@ -116,6 +121,36 @@ def test_padded_steps_give_the_same_tokens(
     assert sum(map(bool, scored[0])) == 2
     for plain, padded in zip(*scored, strict=True):
         assert padded == pytest.approx(plain, abs=1e-4)
+
+
+def test_masked_sampling_as_graphs_gives_the_same_tokens(chat_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constrained rows that come and go beside free ones; the graphs are captured in the middle of it."""
+    params = [
+        SamplingParams(
+            0.9 * (row % 2),
+            row % 5 + 12,
+            seed=row,
+            structured_outputs={"regex": f"[a-f]{{{row % 7 + 1}}}-[0-9]+"} if row % 3 else None,
+        )
+        for row in range(12)
+    ]
+    found = []
+    for graphs_too in (False, True):
+        llm = LLM(str(chat_model_dir), kvcache_block_size=16, max_num_seqs=5)
+        runner = llm.executor.runner  # type: ignore[attr-defined]
+        if graphs_too:
+            emulate(monkeypatch)
+            monkeypatch.setattr(cuda_graph, "graph_sizes", lambda most: [2, most])
+            runner.masked_sampling = runner._make_masked_sampling((0, 0))
+        outputs = llm.generate([f"fox {row}" for row in range(12)], params, use_tqdm=False)
+        assert [output["error"] for output in outputs] == [None] * len(outputs)
+        found.append([output["token_ids"] for output in outputs])
+        if graphs_too:
+            graphs = runner.masked_sampling.graphs.graphs
+            assert sum(graph.count for graph, _ in graphs.values()) > 20 and len(graphs) == 2
+            assert runner.state.positions[runner.state.padding_slot] == -1
+        llm.exit()
+    assert found[0] == found[1]
 
 
 def test_sizes(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
