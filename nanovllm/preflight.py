@@ -39,7 +39,7 @@ def check_model(config: EngineConfig) -> ModelConfig:
         with torch.device("meta"):
             model_class = ARCHITECTURES[model_config.architecture].load()
             model = model_class(model_config, TensorParallel(), TorchBackend(1, 1, 1), max_position=1)
-        check_checkpoint(model_dir, model)
+        check_checkpoint(model_dir, model, model_config.quantization)
     return model_config
 
 

@@ -147,7 +147,7 @@ class ModelRunner:
         if config.load_format == "dummy":
             init_dummy(self.model)
         else:
-            load_model(self.model, resolve_model(config.model))
+            load_model(self.model, resolve_model(config.model), model_config.quantization)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         blocks = -(-max_model_len // config.kvcache_block_size)
         self.state = DeviceState(self.max_num_seqs, blocks, config.kvcache_block_size, self.device)

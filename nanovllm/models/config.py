@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.errors import UserError
+from nanovllm.models.quantization import Quantization, read_quantization
 
 # Kinds of rope scaling, and the numbers each must have.
 ROPE_TYPES = {
@@ -67,6 +68,7 @@ class ModelConfig:
     mlp_bias: bool
     dtype: str
     eos_token_ids: tuple[int, ...]
+    quantization: Quantization | None = None
 
     @classmethod
     def from_dir(cls, model_dir: Path, known_architectures: Mapping[str, Any]) -> ModelConfig:
@@ -118,6 +120,7 @@ class ModelConfig:
             mlp_bias=bool(config.get("mlp_bias", False)),
             dtype=str(config.get("dtype", config.get("torch_dtype", "float32"))).removeprefix("torch."),
             eos_token_ids=_eos_token_ids(config, model_dir),
+            quantization=read_quantization(config, model_dir / "config.json"),
         )
 
 
@@ -198,5 +201,3 @@ def _refuse_unsupported(config: Mapping[str, Any], model_dir: Path) -> None:
         raise UserError(
             f"{where} asks for sliding-window attention, which is not supported; set use_sliding_window to false"
         )
-    if config.get("quantization_config"):
-        raise UserError(f"{where} holds a quantization_config; this version runs unquantized weights only")
