@@ -150,7 +150,7 @@ class LLMEngine:
         """
         batch = order_batch(self.scheduler.schedule())
         asked = build_sampling_input(batch, self.model_config.vocab_size)
-        work = build_model_input(batch, asked is not None) if batch else None
+        work = build_model_input(batch, asked is not None, bool(self.config.lora_adapters)) if batch else None
         self._sample()
         finished: list[tuple[Sequence, RequestOutput]] = []
         if work is not None:

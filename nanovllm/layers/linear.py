@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from nanovllm.kernels.skinny_linear import choose_tiles, skinny_linear
 from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.lora import LoraWeights
 from nanovllm.layers.parallel import TensorParallel
 
 
@@ -32,6 +33,7 @@ class ColumnParallelLinear(nn.Module):
             start += rows
         self.weight = _parameter(self.load, start, in_features)
         self.bias = _parameter(self.load, start) if bias else None
+        self.lora: LoraWeights | None = None
 
     def load(self, param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
         """Copy this rank's rows of checkpoint matrix `part`."""
@@ -40,6 +42,8 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] -> [T, sum of this rank's rows]."""
+        if self.lora is not None and self.lora.active:
+            return self.lora.add(x, F.linear(x, self.weight, self.bias))
         tiles = choose_tiles(x, self.weight)
         if tiles is not None:
             return skinny_linear(x, self.weight, tiles, self.bias)
@@ -51,6 +55,8 @@ class GatedColumnParallelLinear(ColumnParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] -> [T, this rank's rows of one part]."""
+        if self.lora is not None and self.lora.active:
+            return silu_and_mul(self.lora.add(x, F.linear(x, self.weight, self.bias)))
         tiles = choose_tiles(x, self.weight, gated=True)
         if tiles is not None:
             return skinny_linear(x, self.weight, tiles, self.bias, gated=True)
@@ -83,6 +89,7 @@ class RowParallelLinear(nn.Module):
         self.slot = slot
         self.weight = _parameter(self.load, out_features, tp.shard(in_features))
         self.bias = _parameter(self.load, out_features) if bias else None
+        self.lora: LoraWeights | None = None
 
     def load(self, param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
         """Copy this rank's columns of the weight; the bias is whole on every rank."""
@@ -94,9 +101,17 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features / size] -> this rank's partial sums [T, out_features], or [S, T, out_features] in float32."""
         bias = self.bias if self.tp.rank == 0 else None
+        if self.lora is not None and self.lora.active:
+            return self.lora.add(x, self._product(x, bias))  # partial sums as well: it is linear
         if self.tp.size == 1:
             tiles = choose_tiles(x, self.weight, partial=True)
-            return F.linear(x, self.weight, bias) if tiles is None else skinny_linear(x, self.weight, tiles, bias)
+            if tiles is not None:
+                return skinny_linear(x, self.weight, tiles, bias)
+        return self._product(x, bias)
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.tp.size == 1:
+            return F.linear(x, self.weight, bias)
         out = self.tp.partial_buffer(self.slot, len(x), len(self.weight), x.dtype)
         if out is None:
             return F.linear(x, self.weight, bias)

@@ -52,16 +52,8 @@ def use_graphs(llm: LLM, monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, ...
     emulate(monkeypatch)
     monkeypatch.setattr(cuda_graph, "CHUNK_TOKENS", tokens)
     runner = llm.executor.runner  # type: ignore[attr-defined]
-    runner.chunk_graphs = ChunkGraphs(
-        lambda inputs: runner._forward_chunks(inputs, None)[:4],
-        runner.backend.most_tiles,
-        runner.max_num_seqs,
-        llm.config.max_num_batched_tokens,
-        runner.state.padding_slot,
-        runner.device,
-        (0, 0),
-    )
-    graphs: ChunkGraphs = runner.chunk_graphs
+    runner.graphs = runner._make_graphs((0, 0))
+    graphs: ChunkGraphs = runner.graphs.chunks
     return graphs
 
 
