@@ -311,7 +311,7 @@ def _expected_tensors(model: CausalLM) -> dict[str, tuple[int, ...]]:
         module_name, _, kind = name.rpartition(".")
         parent, _, fused = module_name.rpartition(".")
         module = model.get_submodule(module_name)
-        if isinstance(module, ColumnParallelLinear):
+        if isinstance(module, ColumnParallelLinear) and (fused, next(iter(module.offsets))) in names_of_parts:
             for part, (_, rows, _) in module.offsets.items():
                 expected[f"{parent}.{names_of_parts[fused, part]}.{kind}"] = (rows, *param.shape[1:])
         else:
