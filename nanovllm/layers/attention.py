@@ -24,6 +24,20 @@ Ints = npt.NDArray[np.int64]
 NO_CHUNKS = np.zeros(0, dtype=np.int64)
 
 
+class AttentionSpec(NamedTuple):
+    """How a layer attends.
+
+    Attributes:
+        scale: what the products of queries and keys are multiplied by.
+        window: tokens a query sees, the last ones up to its own; 0: all.
+        softcap: a score x becomes softcap * tanh(x / softcap); 0: it stays.
+    """
+
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+
+
 class AttentionBatch(NamedTuple):
     """One step's sequences: D decodes with a single new token each, then C prefill chunks.
 
@@ -74,8 +88,13 @@ class AttentionBackend(ABC):
         self.max_num_seqs = max_num_seqs
         self.device = device or torch.device("cpu")
         self.dtype = dtype
-        self.scale = head_dim**-0.5
+        self.windows: list[int] = []
         self.prepare()
+
+    def add_window(self, window: int) -> None:
+        """Announce a layer with this `AttentionSpec.window`: plans are made for every one that there is."""
+        if window not in self.windows:
+            self.windows.append(window)
 
     def check_block_size(self, block_size: int) -> None:  # noqa: B027 - most backends take any
         """Refuse KV blocks the backend cannot read.
@@ -101,7 +120,9 @@ class AttentionBackend(ABC):
         """What all layers of a step share; kept in `ForwardContext.attention_plan`. A plan lasts until the next one."""
 
     @abstractmethod
-    def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any, spec: AttentionSpec
+    ) -> torch.Tensor:
         """`q` [T, Hq, D] over the caches [N, P, Hkv, D] -> [T, Hq, D]; decodes' rows first, then the chunks' rows."""
 
 
@@ -146,12 +167,14 @@ def select_backend(name: str, device: torch.device) -> type[AttentionBackend]:
 class Attention(nn.Module):
     """One layer's cache and its use. The runner sets `k_cache` and `v_cache` [N, P, Hkv, D] after sizing the pool."""
 
-    def __init__(self, backend: AttentionBackend) -> None:
+    def __init__(self, backend: AttentionBackend, spec: AttentionSpec) -> None:
         super().__init__()
         self.backend = backend
+        self.spec = spec
+        backend.add_window(spec.window)
         self.k_cache = torch.empty(0)
         self.v_cache = torch.empty(0)
 
     def forward(self, q: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """`q` [T, Hq, D] of the new tokens, whose keys and values are in the cache -> [T, Hq * D]."""
-        return self.backend.attend(q, self.k_cache, self.v_cache, context.attention_plan).flatten(1)
+        return self.backend.attend(q, self.k_cache, self.v_cache, context.attention_plan, self.spec).flatten(1)

@@ -49,9 +49,11 @@ class Adapter:
 
 
 class _Place:
-    """Where a checkpoint's layer is in the model: a linear module, and its part there."""
+    """Where a checkpoint's layer is in the model: a linear module, and its part there, None where it is all of it."""
 
-    def __init__(self, module: ColumnParallelLinear | RowParallelLinear, part: int, shape: tuple[int, int]) -> None:
+    def __init__(
+        self, module: ColumnParallelLinear | RowParallelLinear, part: int | None, shape: tuple[int, int]
+    ) -> None:
         self.module, self.part, self.shape = module, part, shape
 
 
@@ -124,13 +126,12 @@ def load_adapters(model: CausalLM, adapters: list[Adapter], tp: TensorParallel, 
     places = _places(model)
     changed = {layer for adapter in adapters for layer in adapter.tensors}
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-    for module in {places[layer].module for layer in changed}:
-        parts = len(module.offsets) if isinstance(module, ColumnParallelLinear) else 1
+    for module, part in {places[layer].module: places[layer].part for layer in changed}.items():
         rows, columns = module.weight.shape
         starts = [0, rows]
-        if isinstance(module, ColumnParallelLinear):
+        if part is not None and isinstance(module, ColumnParallelLinear):
             starts = [*(start for start, _, _ in module.offsets.values()), rows]
-        a = torch.zeros(len(adapters), parts * rank, columns, dtype=dtype, device=device)
+        a = torch.zeros(len(adapters), (len(starts) - 1) * rank, columns, dtype=dtype, device=device)
         b = torch.zeros(len(adapters), rows, rank, dtype=dtype, device=device)
         module.lora = LoraWeights(a, b, starts, tokens)
     for index, adapter in enumerate(adapters):
@@ -144,8 +145,12 @@ def load_adapters(model: CausalLM, adapters: list[Adapter], tp: TensorParallel, 
 def _load(place: _Place, index: int, a: torch.Tensor, b: torch.Tensor, rank: int, tp: TensorParallel) -> None:
     module = place.module
     assert module.lora is not None
-    own, first = len(a), place.part * rank
-    if isinstance(module, ColumnParallelLinear):
+    own, first = len(a), (place.part or 0) * rank
+    if isinstance(module, ColumnParallelLinear) and place.part is None:
+        b = module.rows_of_rank(b)
+        start, rows = 0, len(b)
+    elif isinstance(module, ColumnParallelLinear):
+        assert place.part is not None
         start, rows, shard = list(module.offsets.values())[place.part]
         b = b[shard * rows : (shard + 1) * rows]
     else:
@@ -164,9 +169,9 @@ def _linear_layers(model: CausalLM) -> Iterator[tuple[str, _Place]]:
     names_of_parts = {packed: name for name, packed in model.packed_modules.items()}
     for name, module in model.named_modules():
         parent, _, own = name.rpartition(".")
-        if isinstance(module, ColumnParallelLinear):
+        if isinstance(module, ColumnParallelLinear) and (own, next(iter(module.offsets))) in names_of_parts:
             for number, (part, (_, rows, _)) in enumerate(module.offsets.items()):
                 yield f"{parent}.{names_of_parts[own, part]}", _Place(module, number, (rows, module.weight.shape[1]))
-        elif isinstance(module, RowParallelLinear):
+        elif isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             rows, columns = module.weight.shape
-            yield name, _Place(module, 0, (rows, columns))
+            yield name, _Place(module, None, (rows, columns))

@@ -355,7 +355,7 @@ def _expected_tensors(model: CausalLM) -> dict[str, tuple[int, ...]]:
         module_name, _, kind = name.rpartition(".")
         parent, _, fused = module_name.rpartition(".")
         module = model.get_submodule(module_name)
-        if isinstance(module, ColumnParallelLinear):
+        if isinstance(module, ColumnParallelLinear) and (fused, next(iter(module.offsets))) in names_of_parts:
             for part, (_, rows, _) in module.offsets.items():
                 expected[f"{parent}.{names_of_parts[fused, part]}.{kind}"] = (rows, *param.shape[1:])
         else:
@@ -371,9 +371,9 @@ def _schemes(model: CausalLM, quantization: Quantization | None) -> dict[str, We
     names_of_parts = {packed: name for name, packed in model.packed_modules.items()}
     for name, module in model.named_modules():
         parent, _, own = name.rpartition(".")
-        if isinstance(module, ColumnParallelLinear):
+        if isinstance(module, ColumnParallelLinear) and (own, next(iter(module.offsets))) in names_of_parts:
             layers += [f"{parent}.{names_of_parts[own, part]}" for part in module.offsets]
-        elif isinstance(module, (RowParallelLinear, ParallelLMHead)):
+        elif isinstance(module, (ColumnParallelLinear, RowParallelLinear, ParallelLMHead)):
             layers.append(name)
     found = {layer: quantization.scheme_of(layer) for layer in layers}
     return {layer: scheme for layer, scheme in found.items() if scheme is not None}

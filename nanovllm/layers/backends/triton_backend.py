@@ -15,16 +15,17 @@ from nanovllm.kernels.paged_decode import (
     make_decode_buffers,
     paged_decode,
     plan_decode,
+    split_buffers,
 )
 from nanovllm.kernels.paged_prefill import most_prefill_tiles, paged_prefill, prefill_tiles
-from nanovllm.layers.attention import AttentionBackend, AttentionBatch, Ints
+from nanovllm.layers.attention import AttentionBackend, AttentionBatch, AttentionSpec, Ints
 
 
 class TritonPlan(NamedTuple):
-    """The step's rows of `block_tables`; the decodes' split lies in `buffers`, the chunks' tiles in `tiles` (None: no chunks)."""
+    """The step's rows of `block_tables`; the decodes' split lies in the backend's buffers, the chunks' tiles in `tiles` (None: no
+    chunks)."""
 
     batch: AttentionBatch
-    buffers: DecodeBuffers
     tiles: torch.Tensor | None
 
 
@@ -40,13 +41,21 @@ class TritonBackend(AttentionBackend):
         self.buffers = make_decode_buffers(
             self.max_num_seqs, self.programs, self.num_heads, self.num_kv_heads, self.head_dim, self.device
         )
+        self.buffers_of: dict[int, DecodeBuffers] = {}
+
+    def add_window(self, window: int) -> None:
+        """See `AttentionBackend.add_window`. A window has a split of its own; what a launch leaves behind, all windows share."""
+        if window not in self.windows:
+            self.buffers_of[window] = self.buffers if not self.windows else split_buffers(self.buffers)
+        super().add_window(window)
 
     def plan(self, batch: AttentionBatch) -> TritonPlan:
         """See `AttentionBackend.plan`."""
         decodes = len(batch.decode_slots)
         if decodes:
-            plan_decode(batch.decode_slots, batch.decode_lens, self.programs, self.buffers, self.tile)
-        return TritonPlan(batch, self.buffers, batch.chunk_tiles)
+            for window, buffers in self.buffers_of.items():
+                plan_decode(batch.decode_slots, batch.decode_lens, self.programs, buffers, self.tile, window=window)
+        return TritonPlan(batch, batch.chunk_tiles)
 
     def chunk_tiles(self, slots: Ints, query_lens: Ints, lens: Ints) -> npt.NDArray[np.int32]:
         """See `AttentionBackend.chunk_tiles`."""
@@ -56,7 +65,9 @@ class TritonBackend(AttentionBackend):
         """See `AttentionBackend.most_tiles`."""
         return most_prefill_tiles(tokens, chunks, self.num_heads // self.num_kv_heads)
 
-    def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: TritonPlan) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: TritonPlan, spec: AttentionSpec
+    ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
         batch = plan.batch
         out = torch.empty_like(q)
@@ -68,12 +79,24 @@ class TritonBackend(AttentionBackend):
                 v_cache,
                 batch.block_tables,
                 self.programs,
-                plan.buffers,
-                self.scale,
+                self.buffers_of[spec.window],
+                spec.scale,
                 out[:decodes],
                 tile=self.tile,
+                window=spec.window,
+                softcap=spec.softcap,
                 other_kernel_between=True,  # the one that stores the keys
             )
         if plan.tiles is not None:
-            paged_prefill(q, k_cache, v_cache, batch.block_tables, plan.tiles, self.scale, out)
+            paged_prefill(
+                q,
+                k_cache,
+                v_cache,
+                batch.block_tables,
+                plan.tiles,
+                spec.scale,
+                out,
+                window=spec.window,
+                softcap=spec.softcap,
+            )
         return out
