@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nanovllm.engine.scheduler import ScheduledSequence
+from nanovllm.utils.prefixes import MOST_LEVELS, Capacity, SharedPrefixes, Table
 
 Ints = npt.NDArray[np.int64]
-Table = npt.NDArray[np.int32]
 
 # A stretch is worth its own program from so many tokens on, and where it saves so many tokens of reading.
 LEAST_TOKENS = 128
@@ -24,40 +24,9 @@ LEAST_SAVED = 512
 LEAST_SAVED_STEP = 8192
 # What joining one partial result costs, in tokens of reading.
 ENTRY_TOKENS = 8
-MOST_LEVELS = 4
 # A stretch is cut into parts of so many tokens, or fewer where there are few programs without it.
 LEAST_PART = 256
 TARGET_ITEMS = 64
-
-
-class Capacity(NamedTuple):
-    """Sizes of the device's arrays."""
-
-    items: int
-    members: int
-    entries: int
-
-    @classmethod
-    def of(cls, max_num_seqs: int) -> Capacity:
-        """For so many sequences."""
-        return cls(4 * max_num_seqs, MOST_LEVELS * max_num_seqs, 8 * max_num_seqs)
-
-
-class SharedPrefixes(NamedTuple):
-    """What D decodes share.
-
-    Attributes:
-        items: [I, 6] work on one part of a stretch for a tile of its members: the state slot whose blocks are read, first token, end,
-            first of its members and how many, and which of their partial results it is.
-        members: [M] state slots.
-        rows: [4, D] of each decode: its state slot, tokens that are shared, first partial result and how many.
-        saved: tokens that need not be read.
-    """
-
-    items: Table
-    members: Table
-    rows: Table
-    saved: int
 
 
 class _Stretch(NamedTuple):
@@ -101,7 +70,8 @@ class PrefixSharing:
         self.ids = ids
         row_slots = np.fromiter((item.seq.slot for item in batch[:num_decodes]), np.int64, num_decodes)
         lens = np.fromiter((item.start + 1 for item in batch[:num_decodes]), np.int64, num_decodes)
-        self.found = find_shared(self.tables[row_slots], lens, row_slots, self.block_size, self.tile, self.capacity)
+        tables = self.tables[row_slots]
+        self.found = find_shared(tables, lens, row_slots, self.block_size, self.tile, self.capacity, LEAST_SAVED_STEP)
         return self.found is not None, self.found
 
 
@@ -112,13 +82,13 @@ def find_shared(
     block_size: int,
     tile: int,
     capacity: Capacity,
-    least_saved: int = LEAST_SAVED_STEP,
+    least_saved: int,
 ) -> SharedPrefixes | None:
     """What decodes share; None where it is not worth it.
 
     Args:
         tables: [D, W] block ids; lens: [D] tokens with the new one, whose block is its own; slots: [D].
-        tile: members of an item; capacity: of the result.
+        tile: members of an item; capacity: of the result; least_saved: tokens of reading.
     """
     full = (lens - 1) // block_size
     stretches: list[_Stretch] = []

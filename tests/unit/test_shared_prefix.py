@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanovllm.engine import shared_prefix
-from nanovllm.engine.shared_prefix import Capacity, SharedPrefixes, find_shared
+from nanovllm.engine.shared_prefix import find_shared
 from nanovllm.kernels import paged_decode as paged_decode_module
 from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch
 from nanovllm.kernels.paged_decode import decode_tile, make_decode_buffers, paged_decode, plan_decode
@@ -22,6 +22,7 @@ from nanovllm.kernels.shared_prefix import (
     members_of_tile,
 )
 from nanovllm.kernels.triton_compat import HAS_TRITON
+from nanovllm.utils.prefixes import Capacity, SharedPrefixes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -112,14 +113,14 @@ def test_two_levels_and_what_is_not_worth_it() -> None:
     for row, path in zip(tables, paths, strict=True):
         row[: len(path)] = path
     arguments = (tables, lens, np.arange(32), size, 32)
-    found = find_shared(*arguments, Capacity.of(32))
+    found = find_shared(*arguments, Capacity.of(32), 1)
     assert found is not None
     assert found.rows[1].tolist() == [16 * size] * 8 + [26 * size] * 24
     assert found.saved == 31 * 16 * size + 3 * 7 * 10 * size
-    assert find_shared(*arguments, Capacity(3, 1000, 1000)) is None, "there is no room for it"
-    assert find_shared(*arguments, Capacity.of(32), least_saved=found.saved + 1) is None
+    assert find_shared(*arguments, Capacity(3, 1000, 1000), 1) is None, "there is no room for it"
+    assert find_shared(*arguments, Capacity.of(32), found.saved + 1) is None
     tables[:] = np.arange(32 * 30).reshape(32, 30)
-    assert find_shared(*arguments, Capacity.of(32)) is None
+    assert find_shared(*arguments, Capacity.of(32), 1) is None
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
