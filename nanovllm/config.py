@@ -41,6 +41,10 @@ class EngineConfig(BaseModel):
     )
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights of the config's shapes.")
     enable_prefix_caching: bool = Field(True, description="Reuse the KV of equal prompt prefixes, block by block.")
+    shared_prefix_attention: bool = Field(
+        False,
+        description="Attend once to what many sequences share, where that saves reading; needs the attention backend triton.",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds requests that bring no seed of their own.")
     reasoning: bool = Field(
         False,
@@ -49,6 +53,10 @@ class EngineConfig(BaseModel):
     )
     quantization: None = Field(None, description="Weight quantization; this version knows none.")
     kv_cache_dtype: Literal["auto"] = Field("auto", description="Type of the KV cache; auto: the model's.")
+    lora_adapters: dict[str, str] = Field(
+        default_factory=dict,
+        description="Low-rank adapters in PEFT's format: name -> directory or hub id. A request names one by `lora_adapter`.",
+    )
     trust_remote_code: bool = Field(False, description="Let the tokenizer run Python code from the model directory.")
 
     @field_validator("kvcache_block_size")

@@ -66,9 +66,42 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "mlp_bias": False,
         "pretraining_tp": 1,
     },
+    "granite": {
+        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granite",
+        "mlp_bias": False,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.4,
+        "logits_scaling": 4.0,
+    },
+    "smollm3": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "mlp_bias": False,
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 0],
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "pad_token_id": 0,
+    },
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "original_max_position_embeddings": 512,
+        "sliding_window": None,
+        "pad_token_id": 0,
+    },
+    "mistral": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": None,
+    },
 }
-# Qwen2 has no such key: its query, key and value projections always have a bias.
-_WITHOUT = {"qwen2": ("attention_bias",)}
+# Qwen2 has no such key: its query, key and value projections always have a bias; Mistral and Mixtral never have one.
+_WITHOUT = dict.fromkeys(("qwen2", "mistral", "phi3"), ("attention_bias",))
 
 
 def make_config(
@@ -97,7 +130,7 @@ def make_model(
     generation_config: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> Path:
-    """Write a random model of `family` ("qwen3", "qwen2" or "llama") to the directory `path` and return it.
+    """Write a random model of `family` (a key of `_FAMILIES`) to the directory `path` and return it.
 
     Args:
         seed: of the weights.
@@ -158,9 +191,19 @@ def make_weights(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = tor
         normal(f"{layer}.input_layernorm.weight", hidden, std=0.1, mean=1.0)
         normal(f"{layer}.post_attention_layernorm.weight", hidden, std=0.1, mean=1.0)
     normal("model.norm.weight", hidden, std=0.1, mean=1.0)
+    if family == "phi3":
+        _fuse(tensors)
     if not config.get("tie_word_embeddings"):
         normal("lm_head.weight", config["vocab_size"], hidden, std=0.5)
     return tensors
+
+
+def _fuse(tensors: dict[str, torch.Tensor]) -> None:
+    """As Phi-3's checkpoints hold them: query, key and value in one tensor, gate and up in another."""
+    for parts, fused in ((("q_proj", "k_proj", "v_proj"), "qkv_proj"), (("gate_proj", "up_proj"), "gate_up_proj")):
+        for first in [name for name in tensors if f".{parts[0]}." in name]:
+            pieces = [tensors.pop(first.replace(parts[0], part)) for part in parts]
+            tensors[first.replace(parts[0], fused)] = torch.cat(pieces)
 
 
 def write_weights(path: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:

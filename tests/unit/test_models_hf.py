@@ -109,9 +109,54 @@ CASES = {
             "intermediate_size": 70,
         },
     ),
+    "granite-group2": Case("granite", {"vocab_size": 257, "rms_norm_eps": 1e-3}),
+    "smollm3-nope-tied": Case(
+        "smollm3",
+        {"num_hidden_layers": 5, "no_rope_layers": None, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    "mistral-window-v5": Case(
+        "mistral", {"sliding_window": 24, "head_dim": 16, "num_key_value_heads": 1, "form": "5.x"}
+    ),
+    # Layers with a window and without: as the older files say it, and the newer.
+    "qwen2-upper-windows": Case(
+        "qwen2", {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 1, "vocab_size": 259}
+    ),
+    "qwen3-layer-types": Case(
+        "qwen3",
+        {
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "phi3-window": Case("phi3", {"sliding_window": 33, "tie_word_embeddings": True}),
+    "phi3-longrope-partial": Case(
+        "phi3",
+        {
+            "num_key_value_heads": 1,
+            "hidden_size": 64,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 256,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.1, 1.2, 1.4, 2.0, 3.0],
+                "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+            },
+        },
+    ),
 }
-# One a family, each with fewer KV heads than ranks and a vocabulary that two does not divide.
-TP_CASES = ("qwen3-mqa-yarn-sharded", "qwen2-mqa-v5", "llama-mqa-biases-yarn")
+# One a family, each with fewer KV heads than ranks or a vocabulary that two does not divide. The long ones differ from those of
+# `llama` and `phi3` in nothing that is sharded.
+TP_CASES = (
+    "qwen3-mqa-yarn-sharded",
+    "qwen2-mqa-v5",
+    "llama-mqa-biases-yarn",
+    "phi3-longrope-partial",
+    pytest.param("granite-group2", marks=pytest.mark.long),
+    pytest.param("smollm3-nope-tied", marks=pytest.mark.long),
+    pytest.param("mistral-window-v5", marks=pytest.mark.long),
+)
 
 
 class Reference(NamedTuple):
