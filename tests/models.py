@@ -99,9 +99,31 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "model_type": "mistral",
         "sliding_window": None,
     },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "moe_intermediate_size": 20,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "router_aux_loss_coef": 0.001,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.0,
+        "sliding_window": None,
+    },
 }
 # Qwen2 has no such key: its query, key and value projections always have a bias; Mistral and Mixtral never have one.
-_WITHOUT = dict.fromkeys(("qwen2", "mistral", "phi3"), ("attention_bias",))
+_WITHOUT = dict.fromkeys(("qwen2", "mistral", "mixtral", "phi3"), ("attention_bias",))
 
 
 def make_config(
@@ -183,11 +205,21 @@ def make_weights(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = tor
         for projection, rows in (("q", q), ("k", kv), ("v", kv)):
             linear(f"{layer}.self_attn.{projection}_proj", rows, hidden, qkv_bias)
         linear(f"{layer}.self_attn.o_proj", hidden, q, biased)
-        if family == "qwen3":
+        if family in ("qwen3", "qwen3_moe"):
             normal(f"{layer}.self_attn.q_norm.weight", head_dim, std=0.2, mean=1.5)
             normal(f"{layer}.self_attn.k_norm.weight", head_dim, std=0.2, mean=1.5)
-        for projection, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
-            linear(f"{layer}.mlp.{projection}_proj", rows, columns, mlp_bias)
+        block, size, names = "mlp", inner, ("gate_proj", "up_proj", "down_proj")
+        experts = [""]
+        if family == "mixtral":
+            block, names = "block_sparse_moe", ("w1", "w3", "w2")
+            experts = [f"experts.{e}." for e in range(config["num_local_experts"])]
+        elif family == "qwen3_moe" and i not in config["mlp_only_layers"]:
+            size, experts = config["moe_intermediate_size"], [f"experts.{e}." for e in range(config["num_experts"])]
+        if len(experts) > 1:
+            normal(f"{layer}.{block}.gate.weight", len(experts), hidden, std=0.5)
+        for expert in experts:
+            for name, rows, columns in zip(names, (size, size, hidden), (hidden, hidden, size), strict=True):
+                linear(f"{layer}.{block}.{expert}{name}", rows, columns, mlp_bias)
         normal(f"{layer}.input_layernorm.weight", hidden, std=0.1, mean=1.0)
         normal(f"{layer}.post_attention_layernorm.weight", hidden, std=0.1, mean=1.0)
     normal("model.norm.weight", hidden, std=0.1, mean=1.0)

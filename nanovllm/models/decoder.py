@@ -17,6 +17,7 @@ from nanovllm.layers.attention import Attention, AttentionBackend, AttentionSpec
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GatedColumnParallelLinear, RowParallelLinear, qkv_parallel_linear
+from nanovllm.layers.moe import SparseMoe
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.config import ModelConfig, RopeConfig
@@ -156,6 +157,14 @@ class CausalLM(nn.Module, ABC):
         "gate_proj": ("gate_up_proj", "gate"),
         "up_proj": ("gate_up_proj", "up"),
     }
+    # The same for an expert's matrices, whose names in the checkpoint end in .experts.NUMBER.NAME.weight.
+    expert_parts: ClassVar[dict[str, tuple[str, str]]] = {
+        "gate_proj": ("gate_up", "gate"),
+        "up_proj": ("gate_up", "up"),
+        "down_proj": ("down", "down"),
+    }
+    # Modules here -> what the checkpoint calls them.
+    renamed: ClassVar[dict[str, str]] = {}
     norm_class: ClassVar[type[RMSNorm]] = RMSNorm
     layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
 
@@ -188,6 +197,9 @@ class CausalLM(nn.Module, ABC):
 
     def make_mlp(self, config: ModelConfig, index: int, tp: TensorParallel) -> nn.Module:
         """The feed-forward block of layer `index`: [T, H] -> [T, H], as partial sums."""
+        if config.layers[index].sparse:
+            assert config.moe is not None
+            return SparseMoe(config.hidden_size, config.moe, tp, slot=1)
         return MLP(config, tp)
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext) -> torch.Tensor:

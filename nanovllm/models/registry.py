@@ -91,4 +91,24 @@ ARCHITECTURES: dict[str, Family] = {
         variants.mistral,
         windows=True,
     ),
+    "Qwen3MoeForCausalLM": Family(
+        "nanovllm.models.qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {"max_position_embeddings": 32768, "num_key_value_heads": 4},
+        variants.qwen3_moe,
+        windows=True,
+    ),
+    "MixtralForCausalLM": Family(
+        "nanovllm.models.mixtral",
+        "MixtralForCausalLM",
+        {
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+            "eos_token_id": 2,
+        },
+        variants.mixtral,
+        windows=True,
+    ),
 }

@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from nanovllm.errors import UserError
 from nanovllm.layers.linear import ColumnParallelLinear
+from nanovllm.layers.moe import FusedExperts
 from nanovllm.models.decoder import CausalLM
 
 # Readers of one checkpoint: more do not fill a PCIe bus faster.
@@ -296,11 +297,15 @@ def _copy(param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
 
 def _parameter_name(name: str, model: CausalLM) -> tuple[str, str | None]:
     """Checkpoint name -> parameter name and, where it is part of a fused parameter, the part."""
-    pieces = name.split(".")
+    module_names = {there: here for here, there in model.renamed.items()}
+    pieces = [module_names.get(piece, piece) for piece in name.split(".")]
+    if len(pieces) > 3 and pieces[-4] == "experts" and pieces[-2] in model.expert_parts:
+        param, part = model.expert_parts[pieces[-2]]
+        return ".".join([*pieces[:-3], param]), f"{pieces[-3]}.{part}"
     if len(pieces) > 1 and pieces[-2] in model.packed_modules:
         pieces[-2], part = model.packed_modules[pieces[-2]]
         return ".".join(pieces), part
-    return name, None
+    return ".".join(pieces), None
 
 
 def _expected_tensors(model: CausalLM) -> dict[str, tuple[int, ...]]:
@@ -314,9 +319,19 @@ def _expected_tensors(model: CausalLM) -> dict[str, tuple[int, ...]]:
         if isinstance(module, ColumnParallelLinear) and (fused, next(iter(module.offsets))) in names_of_parts:
             for part, (_, rows, _) in module.offsets.items():
                 expected[f"{parent}.{names_of_parts[fused, part]}.{kind}"] = (rows, *param.shape[1:])
+        elif isinstance(module, FusedExperts):
+            for part_name, (fused, part) in model.expert_parts.items():
+                if fused == kind:
+                    shape = module.part_shape(part)
+                    expected |= {f"{module_name}.{i}.{part_name}.weight": shape for i in range(module.num_experts)}
         else:
             expected[name] = tuple(param.shape)
-    return expected
+    if not model.renamed:
+        return expected
+    return {
+        ".".join(model.renamed.get(piece, piece) for piece in name.split(".")): shape
+        for name, shape in expected.items()
+    }
 
 
 def _ignored(name: str, model: CausalLM) -> bool:

@@ -130,6 +130,12 @@ CASES = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "qwen3-moe-mqa": Case("qwen3_moe", {"num_key_value_heads": 1, "num_experts_per_tok": 3}),
+    "qwen3-moe-some-dense-raw-weights": Case(
+        "qwen3_moe",
+        {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": False, "vocab_size": 259, "shards": 2},
+    ),
+    "mixtral-window-v5": Case("mixtral", {"sliding_window": 30, "num_key_value_heads": 1, "form": "5.x"}),
     "phi3-window": Case("phi3", {"sliding_window": 33, "tie_word_embeddings": True}),
     "phi3-longrope-partial": Case(
         "phi3",
@@ -153,6 +159,8 @@ TP_CASES = (
     "qwen2-mqa-v5",
     "llama-mqa-biases-yarn",
     "phi3-longrope-partial",
+    "qwen3-moe-some-dense-raw-weights",
+    pytest.param("mixtral-window-v5", marks=pytest.mark.long),
     pytest.param("granite-group2", marks=pytest.mark.long),
     pytest.param("smollm3-nope-tied", marks=pytest.mark.long),
     pytest.param("mistral-window-v5", marks=pytest.mark.long),
@@ -262,6 +270,15 @@ def test_two_ranks(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     llm = LLM(str(reference.path), tensor_parallel_size=2, **options)
     try:
         run(reference, llm)
+        run(reference, llm)
+    finally:
+        llm.exit()
+
+
+def test_two_ranks_with_an_experts_half_each(tmp_path_factory: pytest.TempPathFactory) -> None:
+    reference = make_reference("qwen3-moe-mqa", tmp_path_factory.getbasetemp())
+    llm = LLM(str(reference.path), tensor_parallel_size=2, enable_expert_parallel=True, kvcache_block_size=16)
+    try:
         run(reference, llm)
     finally:
         llm.exit()
