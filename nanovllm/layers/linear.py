@@ -104,6 +104,8 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.tp = tp
         self.slot = slot
+        # Whether a rank that is alone may return its sums in parts; no, where no residual addition follows.
+        self.splits = True
         self.weight = _parameter(self.load, out_features, tp.shard(in_features))
         self.bias = _parameter(self.load, out_features) if bias else None
 
@@ -118,7 +120,7 @@ class RowParallelLinear(nn.Module):
         """[T, in_features / size] -> this rank's partial sums [T, out_features], or [S, T, out_features] in float32."""
         bias = self.bias if self.tp.rank == 0 else None
         if self.tp.size == 1:
-            tiles = choose_tiles(x, self.weight, partial=True)
+            tiles = choose_tiles(x, self.weight, partial=self.splits)
             return F.linear(x, self.weight, bias) if tiles is None else skinny_linear(x, self.weight, tiles, bias)
         out = self.tp.partial_buffer(self.slot, len(x), len(self.weight), x.dtype)
         if out is None:

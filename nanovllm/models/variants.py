@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.errors import UserError
-from nanovllm.models.config import ModelConfig, MoeConfig, named_layers, with_windows
+from nanovllm.models.config import ModelConfig, MoeConfig, named_layers, read_rope, with_windows
 
 Json = Mapping[str, Any]
 
@@ -83,6 +83,42 @@ def mixtral(model: ModelConfig, config: Json, where: Path) -> ModelConfig:
     """Experts in every layer, a window where the file has one."""
     model = with_windows(model, [True] * model.num_layers, config.get("sliding_window"), where)
     return _with_experts(model, config, [True] * model.num_layers, (8, 2), model.intermediate_size, True, where)
+
+
+def gemma2(model: ModelConfig, config: Json, where: Path) -> ModelConfig:
+    """A window in every other layer from the first on, soft caps on scores and logits, embeddings scaled by their size's root."""
+    model = _gemma(model, config, 2, where)
+    return replace(model, attention_softcap=_cap(config, "attn_logit_softcapping", where))
+
+
+def gemma3(model: ModelConfig, config: Json, where: Path) -> ModelConfig:
+    """A window in all layers but every sixth, or as the file says; those with a window have positions of their own."""
+    pattern = _count(config, ("sliding_window_pattern", "_sliding_window_pattern"), 6, where)
+    model = _gemma(model, config, pattern, where)
+    ropes = config.get("rope_parameters")
+    local = dict((ropes or {}).get("sliding_attention") or {"rope_theta": config.get("rope_local_base_freq", 10000.0)})
+    rope = read_rope({**config, "rope_parameters": local}, where.parent)
+    names = named_layers(config, [(i + 1) % pattern != 0 for i in range(model.num_layers)], where)
+    layers = [layer._replace(rope=rope) if slides else layer for layer, slides in zip(model.layers, names, strict=True)]
+    return replace(model, layers=tuple(layers))
+
+
+def _gemma(model: ModelConfig, config: Json, pattern: int, where: Path) -> ModelConfig:
+    if config.get("use_bidirectional_attention"):
+        raise UserError(f"{where} sets use_bidirectional_attention, which is for embeddings; it must be false")
+    sliding = named_layers(config, [(i + 1) % pattern != 0 for i in range(model.num_layers)], where)
+    model = with_windows(model, sliding, config.get("sliding_window"), where)
+    return replace(
+        model,
+        embedding_scale=model.hidden_size**0.5,
+        attention_scale=_number(config, "query_pre_attn_scalar", 256.0, where) ** -0.5,
+        logit_softcap=_cap(config, "final_logit_softcapping", where),
+    )
+
+
+def _cap(config: Json, key: str, where: Path) -> float:
+    """A soft cap; null is none."""
+    return 0.0 if config.get(key) is None else _number(config, key, 0.0, where)
 
 
 def _with_experts(
