@@ -52,6 +52,10 @@ class EngineConfig(BaseModel):
     )
     quantization: None = Field(None, description="Weight quantization; this version knows none.")
     kv_cache_dtype: Literal["auto"] = Field("auto", description="Type of the KV cache; auto: the model's.")
+    lora_adapters: dict[str, str] = Field(
+        default_factory=dict,
+        description="Low-rank adapters in PEFT's format: name -> directory or hub id. A request names one by `lora_adapter`.",
+    )
     trust_remote_code: bool = Field(False, description="Let the tokenizer run Python code from the model directory.")
 
     @field_validator("kvcache_block_size")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Options that a model's tokenizer or vocabulary may rule out.
-MODEL_OPTIONS = ("structured_outputs", "labels", "allowed_token_ids", "logit_bias", "bad_words", "stop")
+MODEL_OPTIONS = ("structured_outputs", "labels", "allowed_token_ids", "logit_bias", "bad_words", "stop", "lora_adapter")
 
 
 def check_model(config: EngineConfig) -> ModelConfig:
@@ -34,18 +34,22 @@ def check_model(config: EngineConfig) -> ModelConfig:
             )
         model_config = dataclasses.replace(model_config, moe=model_config.moe._replace(parallel=True))
     check_tensor_parallel(model_config, config.tensor_parallel_size)
-    if config.load_format == "auto":
+    if config.load_format == "auto" or config.lora_adapters:
         import torch
 
         from nanovllm.layers.backends.torch_backend import TorchBackend
         from nanovllm.layers.parallel import TensorParallel
+        from nanovllm.utils.adapters import read_adapters
         from nanovllm.utils.loader import check_checkpoint, checkpoint_files
 
-        checkpoint_files(model_dir)
+        if config.load_format == "auto":
+            checkpoint_files(model_dir)
         with torch.device("meta"):
             model_class = ARCHITECTURES[model_config.architecture].load()
             model = model_class(model_config, TensorParallel(), TorchBackend(1, 1, 1), max_position=1)
-        check_checkpoint(model_dir, model)
+        if config.load_format == "auto":
+            check_checkpoint(model_dir, model, model_config.quantization)
+        read_adapters(config.lora_adapters, model)
     return model_config
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from nanovllm.kernels.skinny_linear import choose_tiles, skinny_linear
 from nanovllm.layers.activation import gelu_and_mul, silu_and_mul
+from nanovllm.layers.lora import LoraWeights
 from nanovllm.layers.parallel import TensorParallel
 
 
@@ -36,18 +37,25 @@ class ColumnParallelLinear(nn.Module):
             start += rows
         self.weight = _parameter(self.load, start, in_features)
         self.bias = _parameter(self.load, start) if bias else None
+        self.lora: LoraWeights | None = None
 
     def load(self, param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
         """Copy this rank's rows of checkpoint matrix `part`, or of all of them where `tensor` holds them one after the other."""
         if part is None:
-            for name, rows_of_part in zip(self.offsets, tensor.split(self.totals), strict=True):
-                self.load(param, rows_of_part, name)
+            param.data.copy_(self.rows_of_rank(tensor))
             return
         start, rows, shard_index = self.offsets[part]
         param.data[start : start + rows].copy_(tensor[shard_index * rows : (shard_index + 1) * rows])
 
+    def rows_of_rank(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of all matrices, of a `tensor` that holds them whole, one after the other."""
+        parts = zip(tensor.split(self.totals), self.offsets.values(), strict=True)
+        return torch.cat([whole[shard * rows : (shard + 1) * rows] for whole, (_, rows, shard) in parts])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] -> [T, sum of this rank's rows]."""
+        if self.lora is not None and self.lora.active:
+            return self.lora.add(x, F.linear(x, self.weight, self.bias))
         tiles = choose_tiles(x, self.weight)
         if tiles is not None:
             return skinny_linear(x, self.weight, tiles, self.bias)
@@ -73,6 +81,8 @@ class GatedColumnParallelLinear(ColumnParallelLinear):
         """[T, in_features] -> [T, this rank's rows of one part]."""
         if self.activation != "silu":
             return gelu_and_mul(super().forward(x))
+        if self.lora is not None and self.lora.active:
+            return silu_and_mul(super().forward(x))
         tiles = choose_tiles(x, self.weight, gated=True)
         if tiles is not None:
             return skinny_linear(x, self.weight, tiles, self.bias, gated=True)
@@ -108,6 +118,7 @@ class RowParallelLinear(nn.Module):
         self.splits = True
         self.weight = _parameter(self.load, out_features, tp.shard(in_features))
         self.bias = _parameter(self.load, out_features) if bias else None
+        self.lora: LoraWeights | None = None
 
     def load(self, param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
         """Copy this rank's columns of the weight; the bias is whole on every rank."""
@@ -119,9 +130,17 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features / size] -> this rank's partial sums [T, out_features], or [S, T, out_features] in float32."""
         bias = self.bias if self.tp.rank == 0 else None
+        if self.lora is not None and self.lora.active:
+            return self.lora.add(x, self._product(x, bias))  # partial sums as well: it is linear
         if self.tp.size == 1:
             tiles = choose_tiles(x, self.weight, partial=self.splits)
-            return F.linear(x, self.weight, bias) if tiles is None else skinny_linear(x, self.weight, tiles, bias)
+            if tiles is not None:
+                return skinny_linear(x, self.weight, tiles, bias)
+        return self._product(x, bias)
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.tp.size == 1:
+            return F.linear(x, self.weight, bias)
         out = self.tp.partial_buffer(self.slot, len(x), len(self.weight), x.dtype)
         if out is None:
             return F.linear(x, self.weight, bias)

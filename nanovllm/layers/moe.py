@@ -36,9 +36,9 @@ class FusedExperts(nn.Module):
 
     def __init__(self, hidden_size: int, config: MoeConfig, tp: TensorParallel) -> None:
         super().__init__()
-        self.first = 0
-        self.num_experts = config.num_experts
-        self.size, self.shard_index = config.intermediate_size, 0
+        self.total, self.total_size = config.num_experts, config.intermediate_size
+        self.first = self.shard_index = 0
+        self.num_experts, self.size = self.total, self.total_size
         if config.parallel:
             self.num_experts = tp.shard(config.num_experts)
             self.first = self.num_experts * tp.rank
@@ -49,13 +49,14 @@ class FusedExperts(nn.Module):
         self.gate_up.weight_loader = self.load
         self.down.weight_loader = self.load
 
+    def holds(self, part: str | None) -> bool:
+        """Whether this rank has any of the expert's matrix `part`."""
+        return self.first <= int((part or "").split(".")[0]) < self.first + self.num_experts
+
     def load(self, param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
-        """Copy this rank's part of one expert's matrix, if it has one."""
-        assert part is not None
-        expert, name = part.split(".")
+        """Copy this rank's part of one expert's matrix, which it `holds`."""
+        expert, name = (part or "").split(".")
         index = int(expert) - self.first
-        if not 0 <= index < self.num_experts:
-            return
         shard = slice(self.shard_index * self.size, (self.shard_index + 1) * self.size)
         if name == "down":
             param.data[index].copy_(tensor[:, shard])
@@ -63,10 +64,10 @@ class FusedExperts(nn.Module):
             start = self.size if name == "up" else 0
             param.data[index, start : start + self.size].copy_(tensor[shard])
 
-    def part_shape(self, part: str) -> tuple[int, int]:
-        """The shape of an expert's matrix "gate", "up" or "down" where there is one rank."""
+    def part_shape(self, part: str | None) -> tuple[int, int]:
+        """The unsharded shape of an expert's matrix."""
         hidden = self.down.shape[1]
-        return (hidden, self.size) if part == "down" else (self.size, hidden)
+        return (hidden, self.total_size) if (part or "").endswith("down") else (self.total_size, hidden)
 
 
 class SparseMoe(nn.Module):

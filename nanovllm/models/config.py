@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from nanovllm.errors import UserError
+from nanovllm.models.quantization import Quantization, read_quantization
 
 # Kinds of rope scaling, and the numbers each must have.
 ROPE_TYPES = {
@@ -121,6 +122,7 @@ class ModelConfig:
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     moe: MoeConfig | None = None
+    quantization: Quantization | None = None
 
     @classmethod
     def from_dir(cls, model_dir: Path, known_architectures: Mapping[str, FamilyConfig]) -> ModelConfig:
@@ -174,6 +176,7 @@ class ModelConfig:
             mlp_bias=bool(config.get("mlp_bias", False)),
             dtype=str(config.get("dtype", config.get("torch_dtype", "float32"))).removeprefix("torch."),
             eos_token_ids=_eos_token_ids(config, model_dir),
+            quantization=read_quantization(config, model_dir / "config.json"),
             layers=(LayerConfig(0, rope),) * config["num_hidden_layers"],
             activation=family.activation,
         )
@@ -343,5 +346,3 @@ def _refuse_unsupported(config: Mapping[str, Any], model_dir: Path, family: Fami
         raise UserError(
             f"{where} asks for sliding-window attention, which is not supported; set use_sliding_window to false"
         )
-    if config.get("quantization_config"):
-        raise UserError(f"{where} holds a quantization_config; this version runs unquantized weights only")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.engine import cuda_graph
 from nanovllm.engine.chunk_input import ChunkInput, ChunkShape
 from nanovllm.engine.cuda_graph import ChunkGraphs
@@ -36,27 +36,24 @@ class Replay:
         self.count += 1
 
 
-def use_graphs(llm: LLM, monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, ...]) -> ChunkGraphs:
-    """Give a CPU engine graphs of steps with chunks."""
+def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs without CUDA."""
 
     def capture(run: Callable[[], tuple[torch.Tensor, ...]], *_: Any) -> tuple[Replay, tuple[torch.Tensor, ...]]:
         outputs = tuple(tensor.clone() for tensor in run())
         return Replay(run, outputs), outputs
 
     monkeypatch.setattr(cuda_graph, "capture", capture)
-    monkeypatch.setattr(cuda_graph, "CHUNK_TOKENS", tokens)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+
+
+def use_graphs(llm: LLM, monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, ...]) -> ChunkGraphs:
+    """Give a CPU engine graphs of steps with chunks."""
+    emulate(monkeypatch)
+    monkeypatch.setattr(cuda_graph, "CHUNK_TOKENS", tokens)
     runner = llm.executor.runner  # type: ignore[attr-defined]
-    runner.chunk_graphs = ChunkGraphs(
-        lambda inputs: runner._forward_chunks(inputs, None),
-        runner.backend.most_tiles,
-        runner.max_num_seqs,
-        llm.config.max_num_batched_tokens,
-        runner.state.padding_slot,
-        runner.device,
-        (0, 0),
-    )
-    graphs: ChunkGraphs = runner.chunk_graphs
+    runner.graphs = runner._make_graphs((0, 0))
+    graphs: ChunkGraphs = runner.graphs.chunks
     return graphs
 
 
@@ -64,10 +61,23 @@ RNG = random.Random(3)
 SHARED = [RNG.randrange(257) for _ in range(18)]
 # Triton's interpreter takes a second a step.
 PROMPTS = [SHARED * (i % 3 == 0) + [RNG.randrange(257) for _ in range(RNG.randint(1, 20))] for i in range(8)]
+# Some are scored, in steps with others' decodes before them.
 PARAMS = [
-    SamplingParams(temperature=0.9 * (i % 2), max_tokens=RNG.randint(1, 5), seed=i, top_k=5 * (i % 4 == 3))
+    SamplingParams(
+        temperature=0.9 * (i % 2),
+        max_tokens=RNG.randint(1, 5),
+        seed=i,
+        top_k=5 * (i % 4 == 3),
+        prompt_logprobs=1 if i in (4, 6) else None,
+    )
     for i in range(len(PROMPTS))
 ]
+
+
+def scores(output: RequestOutput) -> list[float]:
+    """Log-probabilities of a prompt's tokens, where they were asked for."""
+    positions = output.get("prompt_logprobs") or [None]
+    return [entry.logprob for position in positions[1:] for entry in (position or {}).values()]
 
 
 @pytest.mark.parametrize(
@@ -86,17 +96,51 @@ def test_padded_steps_give_the_same_tokens(
     monkeypatch.setattr(cuda_graph, "CAPTURE_AT", capture_at)
     monkeypatch.setattr(cuda_graph, "CHUNK_DECODE_SIZES", 1)  # decodes are padded too
     common = {"kvcache_block_size": 16, "max_num_seqs": 3, "max_model_len": 64, **options}
-    found = []
+    found, scored = [], []
     for graphs_too in (False, True):
         llm = LLM(str(model_dir), attention_backend="triton", **common)
         graphs = use_graphs(llm, monkeypatch, tokens) if graphs_too else None
         outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
         assert [output["error"] for output in outputs] == [None] * len(outputs)
         found.append([output["token_ids"] for output in outputs])
+        scored.append([scores(output) for output in outputs])
         if graphs is not None:
             replays = {shape: graph.count for shape, (graph, _) in graphs.graphs.items()}  # type: ignore[attr-defined]
             assert sum(replays.values()) >= 4, replays
             assert all(count < cuda_graph.CAPTURE_AT for shape, count in graphs.wanted.items() if shape not in replays)
+        llm.exit()
+    assert found[0] == found[1]
+    assert sum(map(bool, scored[0])) == 2
+    for plain, padded in zip(*scored, strict=True):
+        assert padded == pytest.approx(plain, abs=1e-4)
+
+
+def test_masked_sampling_as_graphs_gives_the_same_tokens(chat_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constrained rows that come and go beside free ones; the graphs are captured in the middle of it."""
+    params = [
+        SamplingParams(
+            0.9 * (row % 2),
+            row % 5 + 12,
+            seed=row,
+            structured_outputs={"regex": f"[a-f]{{{row % 7 + 1}}}-[0-9]+"} if row % 3 else None,
+        )
+        for row in range(12)
+    ]
+    found = []
+    for graphs_too in (False, True):
+        llm = LLM(str(chat_model_dir), kvcache_block_size=16, max_num_seqs=5)
+        runner = llm.executor.runner  # type: ignore[attr-defined]
+        if graphs_too:
+            emulate(monkeypatch)
+            monkeypatch.setattr(cuda_graph, "graph_sizes", lambda most: [2, most])
+            runner.masked_sampling = runner._make_masked_sampling((0, 0))
+        outputs = llm.generate([f"fox {row}" for row in range(12)], params, use_tqdm=False)
+        assert [output["error"] for output in outputs] == [None] * len(outputs)
+        found.append([output["token_ids"] for output in outputs])
+        if graphs_too:
+            graphs = runner.masked_sampling.graphs.graphs
+            assert sum(graph.count for graph, _ in graphs.values()) > 20 and len(graphs) == 2
+            assert runner.state.positions[runner.state.padding_slot] == -1
         llm.exit()
     assert found[0] == found[1]
 
