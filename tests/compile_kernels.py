@@ -9,11 +9,21 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from nanovllm.kernels import activation, fused_moe, layernorm, paged_decode, paged_prefill, qk_norm_rope
+from nanovllm.kernels import (
+    activation,
+    fused_moe,
+    layernorm,
+    lora,
+    paged_decode,
+    paged_prefill,
+    qk_norm_rope,
+    shared_prefix,
+)
 
 BF16, F32, I32, I64 = "*bf16", "*fp32", "*i32", "*i64"
 QKV = {"q_ptr": BF16, "k_ptr": BF16, "v_ptr": BF16, "out_ptr": BF16, "block_tables": I32}
 DECODE = {**QKV, "starts": I32, "items": I32, "partial_out": F32, "partial_lse": F32, "arrived": I32}
+DECODE |= {"entries": I32, "entry_counts": I32, "shared_out": F32, "shared_lse": F32}
 DECODE_SHAPE = {
     "NUM_KV_HEADS": 8,
     "GROUP": 2,
@@ -46,14 +56,17 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     """Name, kernel, types of what is no int32, constants."""
     found: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
     scaled = {"scale_log2": "fp32"}
-    for window, softcap in ((0, 0.0), (1000, 72.1)):
-        kind = f"window {window}, softcap {softcap}"
-        switches = {"WINDOW": window, "WINDOWED": window > 0, "SOFTCAP": softcap}
+    for window, softcap, shared in ((0, 0.0, True), (1000, 72.1, False)):
+        kind = f"window {window}, softcap {softcap}, shared {shared}"
+        switches = {"WINDOW": window, "WINDOWED": window > 0, "SOFTCAP": softcap, "SHARED": shared}
         found.append((f"decode, {kind}", paged_decode._decode_kernel, DECODE | scaled, DECODE_SHAPE | switches))
         prefill = {**QKV, "tiles": I32, **scaled}
         found.append((f"prefill, {kind}", paged_prefill._prefill_kernel, prefill, PREFILL_SHAPE | switches))
-    plan = {"slots": I64, "context_lens": I64, "starts": I32, "items": I32}
-    found += [(f"plan {w}", paged_decode._plan_kernel, plan, PLAN_SHAPE | {"WINDOW": w}) for w in (0, 1000)]
+        plan = {"slots": I64, "context_lens": I64, "starts": I32, "items": I32, "skipped": I32, "row_of": I32}
+        found.append((f"plan, {kind}", paged_decode._plan_kernel, plan, PLAN_SHAPE | switches))
+        part = {**QKV, "items": I32, "members": I32, "entries": I32, "rows": I32, "out_ptr": F32, "lse_ptr": F32}
+        shape = PREFILL_SHAPE | switches | {"ROWS": 64, "TILE": 64}
+        found.append((f"shared, {kind}", shared_prefix._shared_kernel, part | scaled, shape))
     for rotary, weight in ((96, BF16), (128, F32)):
         types = ROPE | {"q_weight": weight, "k_weight": weight}
         kernel = qk_norm_rope._qk_norm_rope_store_kernel
@@ -73,6 +86,10 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         shape |= {"GATED": gated, "TOP_K": 8, "EVEN_N": even, "EVEN_K": even, "PRECISION": "tf32"}
         kind = f"grouped {tiles.block_m}, even {even}, gated {gated}"
         found.append((kind, fused_moe._grouped_linear_kernel, GROUPED, shape | {"num_warps": tiles.warps}))
+    shrink = {"x_ptr": BF16, "a_ptr": BF16, "low_ptr": F32, "adapters": I32}
+    found.append(("shrink", lora._shrink_kernel, shrink, {"TOKENS": 16, "RANK": 16, "COLUMNS": 128}))
+    expand = {"low_ptr": F32, "b_ptr": BF16, "out_ptr": BF16, "adapters": I32}
+    found.append(("expand", lora._expand_kernel, expand, {"SPLITS": 2, "TOKENS": 16, "RANK": 16, "COLUMNS": 128}))
     summed = {"outer_ptr": BF16, "ids_ptr": I32, "weights_ptr": F32, "out_ptr": BF16}
     found.append(("weighted sum", fused_moe._weighted_sum_kernel, summed, {"TOP_K": 8, "BLOCK": 1024}))
     return found
@@ -86,6 +103,7 @@ def compile_form(kernel: Any, types: dict[str, str], constants: dict[str, Any]) 
     names = [param.name for param in kernel.params]
     options = {"num_warps": constants.get("num_warps", 4)} | ({"launch_pdl": True} if "PDL" in names else {})
     constants = {name: value for name, value in constants.items() if name in names}
+    types = {name: value for name, value in types.items() if name in names}
     signature = dict.fromkeys(names, "i32") | types | dict.fromkeys(constants, "constexpr")
     aligned = [name for name in names if signature[name].startswith("*")]
     source = ASTSource(
