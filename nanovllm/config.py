@@ -44,6 +44,10 @@ class EngineConfig(BaseModel):
     )
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights of the config's shapes.")
     enable_prefix_caching: bool = Field(True, description="Reuse the KV of equal prompt prefixes, block by block.")
+    shared_prefix_attention: bool = Field(
+        False,
+        description="Attend once to what many sequences share, where that saves reading; needs the attention backend triton.",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds requests that bring no seed of their own.")
     reasoning: bool = Field(
         False,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.executor import create_executor
+from nanovllm.engine.executor import create_executor, shared_tile
 from nanovllm.engine.model_input import build_model_input, order_batch
 from nanovllm.engine.output_processor import OutputProcessor, Verdict
 from nanovllm.engine.poison import Poison
@@ -20,6 +20,7 @@ from nanovllm.engine.request_maker import Prompt, RequestMaker
 from nanovllm.engine.row_sampling import SamplingInput, build_sampling_input, note_logprobs
 from nanovllm.engine.scheduler import ScheduledSequence, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.shared_prefix import PrefixSharing
 from nanovllm.engine.stats import EngineStats
 from nanovllm.outputs import RequestOutput
 from nanovllm.preflight import check_model
@@ -151,6 +152,9 @@ class LLMEngine:
         batch = order_batch(self.scheduler.schedule())
         asked = build_sampling_input(batch, self.model_config.vocab_size)
         work = build_model_input(batch, asked is not None, bool(self.config.lora_adapters)) if batch else None
+        if work is not None and self.sharing is not None:
+            shares, shared = self.sharing.update(batch, work.num_decodes, work.new_blocks)
+            work = work._replace(shares=shares, shared=shared)
         self._sample()
         finished: list[tuple[Sequence, RequestOutput]] = []
         if work is not None:
@@ -368,6 +372,12 @@ class LLMEngine:
             self.executor.num_kvcache_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
         )
         self.in_flight: deque[Flight] = deque()
+        tile = shared_tile(self.config, self.model_config)
+        self.sharing: PrefixSharing | None = None
+        if tile:
+            rows = min(self.config.max_num_seqs, self.config.max_num_batched_tokens)
+            blocks = -(-self.max_model_len // self.config.kvcache_block_size)
+            self.sharing = PrefixSharing(rows, blocks, self.config.kvcache_block_size, tile)
         self.scheduler = Scheduler(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.block_manager)
         self.output_processor = OutputProcessor(
             self.tokenizer, self.model_config.eos_token_ids, self.requests.think_tags

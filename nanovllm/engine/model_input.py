@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanovllm.engine.scheduler import ScheduledSequence
+from nanovllm.engine.shared_prefix import SharedPrefixes
 
 Ints = npt.NDArray[np.int64]
 
@@ -30,6 +31,7 @@ class ModelInput(NamedTuple):
             token and position count only for decodes. new_temperatures: [N] theirs.
         new_adapters: [2, A] slot and adapter (-1: none) of sequences that begin to run, where the engine has adapters.
         adapted: some sequence has an adapter.
+        shares: its decodes share prefixes, which are attended once; shared: what they share, where that is not as in the step before.
         extended: a `SamplingInput` follows, without which nothing is sampled.
     """
 
@@ -44,6 +46,8 @@ class ModelInput(NamedTuple):
     new_temperatures: npt.NDArray[np.float32]
     new_adapters: Ints = np.zeros((2, 0), dtype=np.int64)
     adapted: bool = False
+    shares: bool = False
+    shared: SharedPrefixes | None = None
     extended: bool = False
 
 

@@ -26,6 +26,7 @@ from nanovllm.engine.device_state import DeviceState
 from nanovllm.engine.extended_sampler import ExtendedSampler
 from nanovllm.engine.model_input import ModelInput
 from nanovllm.engine.row_sampling import SamplingInput
+from nanovllm.engine.shared_prefix import Capacity
 from nanovllm.engine.step_result import StepCopy
 from nanovllm.engine.token_masks import mask_words
 from nanovllm.errors import UserError
@@ -169,9 +170,11 @@ class ModelRunner:
         blocks = -(-max_model_len // config.kvcache_block_size)
         self.state = DeviceState(self.max_num_seqs, blocks, config.kvcache_block_size, self.device)
         self.keys = torch.full((self.max_num_seqs,), LEAST_KEY, dtype=torch.int64, device=self.device)
-        self.graphs: StepGraphs | None = None
-        # Of steps in which a sequence has a low-rank adapter, so that the others' do nothing for it.
-        self.adapted_graphs: StepGraphs | None = None
+        # By whether some sequence has a low-rank adapter, and whether decodes share prefixes, so that other steps do nothing for it.
+        self.graphs: dict[tuple[bool, bool], StepGraphs] = {}
+        self.shares = False
+        if config.shared_prefix_attention and self.backend.shared_tile(1):
+            self.backend.enable_sharing(Capacity.of(self.max_num_seqs), self.max_num_seqs + 1)
         self.extended_sampler = ExtendedSampler(
             self.model.lm_head, self.state.temperatures, self.state.seeds, self.state.steps
         )
@@ -233,12 +236,9 @@ class ModelRunner:
         pool = f"{num_blocks} KV blocks of {self.config.kvcache_block_size} tokens ({num_blocks * self.block_bytes >> 20} MiB)"
         parts = [name, dtype, f"attention backend {backend}", pool]
         if self.uses_graphs:
-            self.graphs = self._make_graphs()
-            whole = self.graphs.whole
+            whole = self._graphs_of(False, False).whole
             whole.capture_all()
             self.masked_sampling = self._make_masked_sampling(whole.pool)
-            if self.adapter_tokens is not None:
-                self.adapted_graphs = self._make_graphs(whole.pool)
             parts.append(f"{len(whole.sizes)} CUDA graphs in {whole.seconds:.1f} s and {whole.num_bytes >> 20} MiB")
         else:
             parts.append("no CUDA graphs")
@@ -248,8 +248,10 @@ class ModelRunner:
     def launch(self, step: ModelInput) -> StepCopy | None:
         """Start one step; what it samples, once it is done. None where it is extended: `sample` starts the rest of it."""
         self.state.update(step)
-        self.adapted = step.adapted
-        graphs = self.adapted_graphs if step.adapted else self.graphs
+        self.adapted, self.shares = step.adapted, step.shares
+        if step.shared is not None:
+            self.backend.load_shared(step.shared)
+        graphs = self._graphs_of(step.adapted, step.shares) if self.graphs else None
         decodes = step.num_decodes == len(step.slots)
         if decodes and graphs is not None and not step.extended:
             return StepCopy(graphs.whole.replay(step.slots)[0])
@@ -291,6 +293,14 @@ class ModelRunner:
         """Forget a step that was cut short between its sampling and the state's advance, or before its sampling."""
         self.keys.fill_(LEAST_KEY)
         self.waits = None
+
+    def _graphs_of(self, adapted: bool, shares: bool) -> StepGraphs:
+        """The graphs of such steps; they are captured while `adapted` and `shares` are a step's."""
+        found = self.graphs.get((adapted, shares))
+        if found is None:
+            first = self.graphs.get((False, False))
+            found = self.graphs[adapted, shares] = self._make_graphs(None if first is None else first.whole.pool)
+        return found
 
     def _make_graphs(self, pool: tuple[int, int] | None = None) -> StepGraphs:
         def whole(slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -334,7 +344,12 @@ class ModelRunner:
         """One token more of each sequence in `slots` [B]."""
         inputs = self.state.gather_decode(slots)
         batch = AttentionBatch(
-            self.state.block_tables, self.config.kvcache_block_size, slots, inputs.context_lens, host_lens
+            self.state.block_tables,
+            self.config.kvcache_block_size,
+            slots,
+            inputs.context_lens,
+            host_lens,
+            shares=self.shares,
         )
         context = ForwardContext(inputs.slot_mapping, self.backend.plan(batch))
         self._adapt(slots)
@@ -375,6 +390,7 @@ class ModelRunner:
             decodes.context_lens,
             None if chunks is None else chunks.step.context_lens[: chunks.step.num_decodes],
             chunk_tiles=inputs.tiles if len(inputs.tiles) else None,
+            shares=self.shares,
         )
         if chunks is not None:
             batch = batch._replace(
@@ -451,7 +467,8 @@ class ModelRunner:
                 self._run(_warm_up_step(_lens_of(tokens, count, self.max_model_len), decode=False))
             peak = torch.cuda.max_memory_allocated(self.device) - before
             # Only one graph runs at a time, so they share the largest one's memory; each has its own description.
-            graphs = (2 * len(graph_sizes(count)) + MAX_CHUNK_GRAPHS) * (1 + bool(self.config.lora_adapters))
+            graphs = 2 * len(graph_sizes(count)) + MAX_CHUNK_GRAPHS
+            graphs *= (1 + bool(self.config.lora_adapters)) * (1 + self.config.shared_prefix_attention)
             graph_bytes = peak * 5 // 4 + graphs * len(self.attention_layers) * GRAPH_LAYER_BYTES
             # Of masked sampling, whose graphs are no larger than a layer's part of another.
             graph_bytes += len(graph_sizes(count)) * GRAPH_LAYER_BYTES

@@ -101,7 +101,8 @@ class PrefixSharing:
         self.ids = ids
         row_slots = np.fromiter((item.seq.slot for item in batch[:num_decodes]), np.int64, num_decodes)
         lens = np.fromiter((item.start + 1 for item in batch[:num_decodes]), np.int64, num_decodes)
-        self.found = find_shared(self.tables[row_slots], lens, row_slots, self.block_size, self.tile, self.capacity)
+        tables = self.tables[row_slots]
+        self.found = find_shared(tables, lens, row_slots, self.block_size, self.tile, self.capacity, LEAST_SAVED_STEP)
         return self.found is not None, self.found
 
 
@@ -112,13 +113,13 @@ def find_shared(
     block_size: int,
     tile: int,
     capacity: Capacity,
-    least_saved: int = LEAST_SAVED_STEP,
+    least_saved: int,
 ) -> SharedPrefixes | None:
     """What decodes share; None where it is not worth it.
 
     Args:
         tables: [D, W] block ids; lens: [D] tokens with the new one, whose block is its own; slots: [D].
-        tile: members of an item; capacity: of the result.
+        tile: members of an item; capacity: of the result; least_saved: tokens of reading.
     """
     full = (lens - 1) // block_size
     stretches: list[_Stretch] = []

@@ -124,6 +124,7 @@ def attend_shared(
         buffers.rows,
         buffers.out,
         buffers.lse,
+        len(q),
         scale * 1.4426950408889634,
         block_tables.stride(0),
         *k_cache.stride()[:3],
@@ -141,7 +142,7 @@ def attend_shared(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _shared_kernel(
     q_ptr,
     k_ptr,
@@ -153,6 +154,7 @@ def _shared_kernel(
     rows,
     out_ptr,
     lse_ptr,
+    batch,
     scale_log2,
     stride_table,
     stride_block,
@@ -182,6 +184,7 @@ def _shared_kernel(
     live = m // GROUP < count
     member = tl.load(members + first + m // GROUP, mask=live, other=0)
     row = tl.load(rows + member, mask=live, other=0).to(tl.int64)
+    live = live & (row < batch)  # while a graph is captured, rows are those of an earlier step
     entry = tl.load(entries + member, mask=live, other=0).to(tl.int64) + number
     heads = head * GROUP + m % GROUP
     mask = live[:, None] & (dim < HEAD_DIM)[None, :]

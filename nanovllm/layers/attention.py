@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from importlib.util import find_spec
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from torch import nn
 from nanovllm.errors import UserError
 from nanovllm.kernels.triton_compat import HAS_TRITON
 from nanovllm.utils.context import ForwardContext
+
+if TYPE_CHECKING:
+    from nanovllm.engine.shared_prefix import Capacity, SharedPrefixes
 
 Ints = npt.NDArray[np.int64]
 NO_CHUNKS = np.zeros(0, dtype=np.int64)
@@ -48,6 +51,7 @@ class AttentionBatch(NamedTuple):
         host_decode_lens: the lengths on the host, the longest first; None where only the device knows them.
         chunk_slots, chunk_query_lens, chunk_lens: [C] on the host, rows of `block_tables`, new tokens, and tokens in the
             cache after this step.
+        shares: decodes share prefixes, as `AttentionBackend.load_shared` was told.
         chunk_tiles: [N, 4] int32 on the device, what `AttentionBackend.chunk_tiles` made of these, for backends that have it.
     """
 
@@ -60,6 +64,7 @@ class AttentionBatch(NamedTuple):
     chunk_query_lens: Ints = NO_CHUNKS
     chunk_lens: Ints = NO_CHUNKS
     chunk_tiles: torch.Tensor | None = None
+    shares: bool = False
 
 
 class AttentionBackend(ABC):
@@ -105,6 +110,19 @@ class AttentionBackend(ABC):
 
     def prepare(self) -> None:  # noqa: B027 - most backends need nothing
         """Make what a backend keeps beside its shape."""
+
+    @classmethod
+    def shared_tile(cls, group: int) -> int:
+        """Sequences that are attended together to what they share, where `group` query heads share a KV head; 0: it is not done."""
+        return 0
+
+    def enable_sharing(self, capacity: Capacity, slots: int) -> None:
+        """Make room for what decodes may share, see `load_shared`; `slots` are the rows of the block tables."""
+        raise NotImplementedError
+
+    def load_shared(self, shared: SharedPrefixes) -> None:
+        """What the decodes of the steps from here on share, where `AttentionBatch.shares`."""
+        raise NotImplementedError
 
     def chunk_tiles(self, slots: Ints, query_lens: Ints, lens: Ints) -> npt.NDArray[np.int32]:
         """What the backend must know of a step's chunks: [n, 4], with rows, in the second column, counted from the first chunk's

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from nanovllm import LLM, RequestOutput, SamplingParams
-from nanovllm.engine import cuda_graph
+from nanovllm.engine import cuda_graph, scheduler, shared_prefix, step_result
 from nanovllm.engine.chunk_input import ChunkInput, ChunkShape
 from nanovllm.engine.cuda_graph import ChunkGraphs
 from nanovllm.kernels.triton_compat import HAS_TRITON
+from nanovllm.utils.transfer import HostCopy
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"),
@@ -45,6 +46,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cuda_graph, "capture", capture)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    # On a GPU the copy is made before the next replay writes to the same memory.
+    monkeypatch.setattr(step_result, "HostCopy", lambda tensor: HostCopy(tensor.clone()))
 
 
 def use_graphs(llm: LLM, monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, ...]) -> ChunkGraphs:
@@ -52,15 +55,15 @@ def use_graphs(llm: LLM, monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, ...
     emulate(monkeypatch)
     monkeypatch.setattr(cuda_graph, "CHUNK_TOKENS", tokens)
     runner = llm.executor.runner  # type: ignore[attr-defined]
-    runner.graphs = runner._make_graphs((0, 0))
-    graphs: ChunkGraphs = runner.graphs.chunks
+    runner.graphs[False, False] = runner._make_graphs((0, 0))
+    graphs: ChunkGraphs = runner.graphs[False, False].chunks
     return graphs
 
 
 RNG = random.Random(3)
 SHARED = [RNG.randrange(257) for _ in range(18)]
 # Triton's interpreter takes a second a step.
-PROMPTS = [SHARED * (i % 3 == 0) + [RNG.randrange(257) for _ in range(RNG.randint(1, 20))] for i in range(8)]
+PROMPTS = [SHARED * (i % 3 == 0) + [RNG.randrange(257) for _ in range(RNG.randint(1, 20))] for i in range(6)]
 # Some are scored, in steps with others' decodes before them.
 PARAMS = [
     SamplingParams(
@@ -68,7 +71,7 @@ PARAMS = [
         max_tokens=RNG.randint(1, 5),
         seed=i,
         top_k=5 * (i % 4 == 3),
-        prompt_logprobs=1 if i in (4, 6) else None,
+        prompt_logprobs=1 if i in (3, 5) else None,
     )
     for i in range(len(PROMPTS))
 ]
@@ -141,6 +144,50 @@ def test_masked_sampling_as_graphs_gives_the_same_tokens(chat_model_dir: Path, m
             graphs = runner.masked_sampling.graphs.graphs
             assert sum(graph.count for graph, _ in graphs.values()) > 20 and len(graphs) == 2
             assert runner.state.positions[runner.state.padding_slot] == -1
+        llm.exit()
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("graphs_too", [pytest.param(False, marks=pytest.mark.long), True], ids=["eager", "graphs"])
+def test_shared_prefixes_give_the_same_tokens(
+    graphs_too: bool, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with one instruction, two documents and something of their own, that come and go; preempted ones among them."""
+    for name, value in (("LEAST_TOKENS", 16), ("LEAST_SAVED", 1), ("LEAST_SAVED_STEP", 1), ("ENTRY_TOKENS", 0)):
+        monkeypatch.setattr(shared_prefix, name, value)
+    monkeypatch.setattr(cuda_graph, "CAPTURE_AT", 1)
+    monkeypatch.setattr(scheduler, "DECODE_RESERVE_TOKENS", 0)
+    documents = [[RNG.randrange(257) for _ in range(18)] for _ in range(2)]
+    prompts = [SHARED + documents[row % 2] + [row] * (1 + row % 3) for row in range(5)] + [[5] * 3]
+    params = [SamplingParams(temperature=0.9 * (row % 2), max_tokens=2 + row % 3, seed=row) for row in range(6)]
+    found = []
+    for shared in (False, True):
+        llm = LLM(
+            str(model_dir),
+            attention_backend="triton",
+            shared_prefix_attention=shared,
+            kvcache_block_size=16,
+            max_num_seqs=4,
+            max_model_len=64,
+            num_kvcache_blocks=10,
+        )
+        if graphs_too and shared:
+            use_graphs(llm, monkeypatch, (16, 64))
+        levels = 0
+        if llm.sharing is not None:
+            update = llm.sharing.update
+
+            def watched(*arguments: Any, update: Any = update) -> Any:
+                nonlocal levels
+                shares, what = update(*arguments)
+                levels = max(levels, 0 if what is None else int(what.rows[3].max()))
+                return shares, what
+
+            monkeypatch.setattr(llm.sharing, "update", watched)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [output["error"] for output in outputs] == [None] * len(outputs)
+        found.append([output["token_ids"] for output in outputs])
+        assert levels == 2 * shared, "an instruction, and a document after it"
         llm.exit()
     assert found[0] == found[1]
 

@@ -112,14 +112,14 @@ def test_two_levels_and_what_is_not_worth_it() -> None:
     for row, path in zip(tables, paths, strict=True):
         row[: len(path)] = path
     arguments = (tables, lens, np.arange(32), size, 32)
-    found = find_shared(*arguments, Capacity.of(32))
+    found = find_shared(*arguments, Capacity.of(32), 1)
     assert found is not None
     assert found.rows[1].tolist() == [16 * size] * 8 + [26 * size] * 24
     assert found.saved == 31 * 16 * size + 3 * 7 * 10 * size
-    assert find_shared(*arguments, Capacity(3, 1000, 1000)) is None, "there is no room for it"
-    assert find_shared(*arguments, Capacity.of(32), least_saved=found.saved + 1) is None
+    assert find_shared(*arguments, Capacity(3, 1000, 1000), 1) is None, "there is no room for it"
+    assert find_shared(*arguments, Capacity.of(32), found.saved + 1) is None
     tables[:] = np.arange(32 * 30).reshape(32, 30)
-    assert find_shared(*arguments, Capacity.of(32)) is None
+    assert find_shared(*arguments, Capacity.of(32), 1) is None
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")

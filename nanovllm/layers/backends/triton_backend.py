@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,12 @@ from nanovllm.kernels.paged_decode import (
     split_buffers,
 )
 from nanovllm.kernels.paged_prefill import most_prefill_tiles, paged_prefill, prefill_tiles
+from nanovllm.kernels.shared_prefix import SharedBuffers, attend_shared, make_shared_buffers, members_of_tile
 from nanovllm.layers.attention import AttentionBackend, AttentionBatch, AttentionSpec, Ints
+from nanovllm.utils.transfer import to_device
+
+if TYPE_CHECKING:
+    from nanovllm.engine.shared_prefix import Capacity, SharedPrefixes
 
 
 class TritonPlan(NamedTuple):
@@ -42,6 +47,7 @@ class TritonBackend(AttentionBackend):
             self.max_num_seqs, self.programs, self.num_heads, self.num_kv_heads, self.head_dim, self.device
         )
         self.buffers_of: dict[int, DecodeBuffers] = {}
+        self.shared: SharedBuffers | None = None
 
     def add_window(self, window: int) -> None:
         """See `AttentionBackend.add_window`. A window has a split of its own; what a launch leaves behind, all windows share."""
@@ -49,12 +55,45 @@ class TritonBackend(AttentionBackend):
             self.buffers_of[window] = self.buffers if not self.windows else split_buffers(self.buffers)
         super().add_window(window)
 
+    @classmethod
+    def shared_tile(cls, group: int) -> int:
+        """See `AttentionBackend.shared_tile`."""
+        return members_of_tile(group)
+
+    def enable_sharing(self, capacity: Capacity, slots: int) -> None:
+        """See `AttentionBackend.enable_sharing`."""
+        self.shared = make_shared_buffers(*capacity, slots, self.num_heads, self.head_dim, self.device)
+
+    def load_shared(self, shared: SharedPrefixes) -> None:
+        """See `AttentionBackend.load_shared`."""
+        buffers = self.shared
+        assert buffers is not None
+        items = np.zeros(buffers.items.shape, dtype=np.int32)
+        items[: len(shared.items)] = shared.items
+        sizes = [items.size, len(shared.members), shared.rows.size]
+        packed = to_device(np.concatenate((items.ravel(), shared.members, shared.rows.ravel())), self.device)
+        items_, members, rows = packed.split(sizes)
+        buffers.items.copy_(items_.view_as(buffers.items))
+        buffers.members[: len(members)].copy_(members)
+        slots, *numbers = rows.view(4, -1)
+        for target, own in zip((buffers.skipped, buffers.entries, buffers.counts), numbers, strict=True):
+            target[slots.long()] = own
+
     def plan(self, batch: AttentionBatch) -> TritonPlan:
         """See `AttentionBackend.plan`."""
         decodes = len(batch.decode_slots)
         if decodes:
             for window, buffers in self.buffers_of.items():
-                plan_decode(batch.decode_slots, batch.decode_lens, self.programs, buffers, self.tile, window=window)
+                shared = self.shared if batch.shares and not window else None
+                plan_decode(
+                    batch.decode_slots,
+                    batch.decode_lens,
+                    self.programs,
+                    buffers,
+                    self.tile,
+                    window=window,
+                    shared=shared,
+                )
         return TritonPlan(batch, batch.chunk_tiles)
 
     def chunk_tiles(self, slots: Ints, query_lens: Ints, lens: Ints) -> npt.NDArray[np.int32]:
@@ -73,6 +112,9 @@ class TritonBackend(AttentionBackend):
         out = torch.empty_like(q)
         decodes = len(batch.decode_slots)
         if decodes:
+            shared = self.shared if batch.shares and not spec.window else None
+            if shared is not None:
+                attend_shared(q[:decodes], k_cache, v_cache, batch.block_tables, shared, spec.scale, spec.softcap)
             paged_decode(
                 q[:decodes],
                 k_cache,
@@ -85,6 +127,7 @@ class TritonBackend(AttentionBackend):
                 tile=self.tile,
                 window=spec.window,
                 softcap=spec.softcap,
+                shared=shared,
                 other_kernel_between=True,  # the one that stores the keys
             )
         if plan.tiles is not None:
