@@ -441,6 +441,8 @@ class Run:
                 self._write_ledger()
             printer.join(timeout=1)
             self._progress.end()
+        self._history.look(_read_board(board, timeout_s=5) or [])
+        self._hear_words(board)
 
     def _results_of(
         self, pending: Sequence[Shard], board: ActorHandle[Any], apart: bool = False
@@ -504,11 +506,12 @@ class Run:
             place = f"rows {shard.first_row} to {shard.first_row + shard.rows - 1} of {shard.file}"
             text = f"shard {shard.index} ({place}), attempt {result.attempt + 1}, after: {result.earlier}"
             self._history.note("retry", text, ago=result.seconds)
+        self._history.did(result.worker, result.engine or {})
         self._copied_rows += result.copied_rows
         if result.status == "apart":
             self._apart.append(shard)
             return
-        self._results.append({key: value for key, value in asdict(result).items() if key != "counts"})
+        self._results.append({key: value for key, value in asdict(result).items() if key not in ("counts", "engine")})
         self._given_up = self._given_up + 1 if result.gave_up else 0
         if self._given_up >= MAX_GIVEN_UP:
             raise JobFailed(f"engines die whatever they run: {result.reason}")

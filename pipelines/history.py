@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -107,6 +107,8 @@ class History:
         self._unwritten: list[Event] = []
         self._actors: dict[str, _Actor] = {}
         self._lives: dict[tuple[str, int, str | None], tuple[_Actor, _Life]] = {}
+        self._latest: dict[str, _Life] = {}
+        self._counters: dict[str, Mapping[str, Any]] = {}
         self._point_every_s = 1.0
         self._point_due = 0.0
         self._lock = threading.RLock()
@@ -152,7 +154,9 @@ class History:
         process = (state.node, state.pid, state.birth)
         if process in self._lives:
             actor, life = self._lives[process]
-            life.state, life.heard = state, max(life.heard, heard)
+            if state.up_s >= life.state.up_s:
+                life.state = state
+            life.heard = max(life.heard, heard)
         else:
             key = state.actor or f"{state.node}:{state.pid}"
             if key not in self._actors and len(self._actors) >= MAX_ACTORS:
@@ -163,6 +167,8 @@ class History:
             life = _Life(began, began + state.load_s, heard, state)
             self._gpu = self._gpu or state.gpu
             self._lives[process] = actor, life
+            self._latest[f"{state.host}:{state.pid}"] = life
+            self._apply(f"{state.host}:{state.pid}")
             self._note_new(actor, life)
             actor.lives.append(life)
         if age < STALE_S:
@@ -183,6 +189,19 @@ class History:
             self.note("restart", f"{where}: a new process for pid {last}; {loaded}", actor.name, at=life.began)
         else:
             self.note("actor", f"{where}: {loaded}", actor.name, at=life.ready)
+
+    def did(self, process: str, counters: Mapping[str, Any]) -> None:
+        """Take newer counters of a process, which is `host:pid`, than those of its last report."""
+        with self._lock:
+            self._counters[process] = counters
+            if process in self._latest:
+                self._apply(process)
+
+    def _apply(self, process: str) -> None:
+        life, counters = self._latest[process], self._counters.get(process, {})
+        if counters.get("up_s", 0.0) > life.state.up_s:
+            life.state = life.state._replace(**counters)
+            life.heard = max(life.heard, min(self._seconds(), life.began + life.state.up_s))
 
     def begin(self) -> None:
         """This start owns the output."""

@@ -52,8 +52,7 @@ def build_report(
 ) -> dict[str, Any]:
     """The report as plain values. `seconds`, `samples`, `actors` and the `..._rows` but the total are of this start of the job;
     `starts` are all, this one last."""
-    new_tokens = samples[-1] if samples else {"input_tokens": 0, "generated_tokens": 0}
-    usage = total_usage(starts)
+    now, usage = starts[-1].usage, total_usage(starts)
     gpu = next((start.gpu for start in reversed(starts) if start.gpu), "")
     return {
         "status": status,
@@ -74,8 +73,8 @@ def build_report(
             "resumed_rows": resumed_rows,
             "reused_rows": reused_rows,
             "copied_rows": copied_rows,
-            "input_tokens": new_tokens["input_tokens"],
-            "generated_tokens": new_tokens["generated_tokens"],
+            "input_tokens": now.input_tokens,
+            "generated_tokens": now.generated_tokens,
             "samples": list(samples),
             "shards": list(shards),
             "actors": list(actors),
@@ -197,4 +196,5 @@ def _ratio(value: float, base: float) -> float | None:
 
 def to_json(report: Mapping[str, Any]) -> bytes:
     """The content of `report.json`."""
-    return json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n"
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    return text.encode(errors="backslashreplace") + b"\n"  # a name that is no Unicode keeps its JSON escape

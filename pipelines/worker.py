@@ -92,6 +92,8 @@ class ShardResult:
         worker: host and process.
         attempt: attempts at the shard are numbered from 0 in each start of the job.
         earlier: what the last one that died said, where there was one.
+        engine: its worker's `up_s`, `input_tokens`, `generated_tokens` and `cached_tokens` as in `WorkerState`: what the worker
+            did since its last report, the driver would else never hear of.
     """
 
     index: int
@@ -105,6 +107,7 @@ class ShardResult:
     worker: str
     attempt: int = 0
     earlier: str | None = None
+    engine: dict[str, float] | None = None
 
 
 class _Active:
@@ -196,7 +199,17 @@ class ShardWorker:
             Shard(int(index), str(file), *(int(number) for number in numbers))
             for index, file, *numbers in zip(*(batch[name] for name in SHARD_SCHEMA.names), strict=True)
         ]
-        return {"result": [json.dumps(asdict(await self._attempt(shard))) for shard in shards]}
+        results = [replace(await self._attempt(shard), engine=self._counters()) for shard in shards]
+        return {"result": [json.dumps(asdict(result)) for result in results]}
+
+    def _counters(self) -> dict[str, float]:
+        stats = self._engine.stats()
+        return {
+            "up_s": round(time.monotonic() - self._began, 2),
+            "input_tokens": stats.prompt_tokens,
+            "generated_tokens": stats.generated_tokens,
+            "cached_tokens": stats.cached_tokens,
+        }
 
     async def _attempt(self, shard: Shard) -> ShardResult:
         started = time.monotonic()
@@ -342,8 +355,8 @@ class ShardWorker:
 
     def _last_words(self, reason: str) -> None:
         """Tell the driver's board why this process ends."""
-        node = ray.get_runtime_context().get_node_id()
-        ray.get(self._board.last_words.remote(node, os.getpid(), born(os.getpid()), reason))
+        tell = self._board.last_words.remote
+        ray.get(tell(ray.get_runtime_context().get_node_id(), os.getpid(), born(os.getpid()), reason))
 
     def report(self, board: ActorHandle[Any], name: str, flushed: bool) -> bool:
         """Tell the driver's board how far this worker is; flush the journals and return True when the job stops.
