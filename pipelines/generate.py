@@ -432,7 +432,7 @@ class Run:
             self._history.end("failed", cause)
             raise JobFailed(cause) from None
         except Stopped:
-            self._history.end("stopped", "workers have flushed their journals")
+            self._history.end("stopped", "by SIGTERM or Ctrl-C")
             raise
         finally:
             stop.before = lambda: None
@@ -566,7 +566,7 @@ class Run:
     def _flush_workers(self, board: ActorHandle[Any]) -> None:
         """Before the job is stopped: let workers flush their journals, so that the next start repeats nothing that is finished."""
         board.stop.remote()
-        self._history.note("stop", "told to stop")
+        self._history.note("stopping", "told to stop; workers flush their journals")
         deadline = time.monotonic() + FLUSH_S
         while (left := deadline - time.monotonic()) > 0:
             workers = _read_board(board, left)

@@ -33,7 +33,7 @@ class Event(NamedTuple):
 
     Attributes:
         kind: `begin`, `actor` (an engine is ready), `restart` (in a new process), `gone` (not heard of again), `death` (an engine
-            said why), `hang` (killed by the watchdog), `retry` (of a shard), `apart`, `failed`, `stop`, `end`.
+            said why), `hang` (killed by the watchdog), `retry` (of a shard), `apart`, `failed`, `stopping`, `stopped`, `end`.
         actor: its name in the report, where it is about one.
     """
 
@@ -211,7 +211,7 @@ class History:
     def end(self, status: str, text: str) -> None:
         """This start ends."""
         self._status = status
-        self.note("stop" if status == "stopped" else "failed" if status == "failed" else "end", text)
+        self.note(status if status in ("stopped", "failed") else "end", text)
         self.write()
 
     def write_regularly(self, finished: threading.Event) -> None:

@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from pipelines.charts import Bar, Lane, Mark, Series, histogram, lines, percent, stack, text, timeline
+from pipelines.charts import duration as axis_time
 from pipelines.progress import duration
 
 COLOURS = 8  # lines that have a colour of their own
@@ -27,7 +28,7 @@ SIGNS = {  # of events: sign on the time line, class, what it means
     "retry": ("↻", "warn", "shard tried again"),
     "apart": ("◆", "warn", "suspect rows apart"),
     "failed": ("■", "bad", "failed"),
-    "stop": ("■", "warn", "stopped"),
+    "stopped": ("■", "warn", "stopped"),
 }
 _STATUS = {"finished": "good", "failed": "bad", "stopped": "warn", "running": "bad"}
 _ENDED = {"running": "ended without a word (killed?)"}
@@ -68,7 +69,7 @@ p{margin:6px 0}.dim,.note,.none{color:var(--dim)}.note{font-size:13px}.good{colo
 table{border-collapse:collapse;width:100%;font-size:14px}th,td{text-align:left;vertical-align:top;padding:5px 14px 5px 0;
 border-top:1px solid var(--line);overflow-wrap:anywhere}tr:first-child>th,tr:first-child>td{border-top:0}
 thead th{font-weight:600;color:var(--dim);font-size:13px}thead+tbody tr:first-child>*{border-top:1px solid var(--line)}
-th[scope=row]{font-weight:500}.actors th[scope=row]{white-space:nowrap}.actors td.host{width:40%}.n{text-align:right;white-space:nowrap}td:last-child,th:last-child{padding-right:0}
+th[scope=row]{font-weight:500}.actors th[scope=row],.tight{white-space:nowrap}.actors td.host{width:40%}.n{text-align:right;white-space:nowrap}td:last-child,th:last-child{padding-right:0}
 .facts th{width:34%;color:var(--dim)}
 .histogram td,.histogram th{border:0;padding:2px 10px 2px 0;vertical-align:middle;white-space:nowrap;font-size:13px}
 .histogram th{width:1%;text-align:right;color:var(--dim)}.histogram .bar{width:99%}.histogram .n{width:1%}
@@ -317,14 +318,19 @@ def _events(report: Mapping[str, Any]) -> str:
     half = SHOWN_EVENTS // 2
     shown = events if len(events) <= SHOWN_EVENTS else [*events[:half], *events[-half:]]
     rows = []
+    number = None
     for place, event in enumerate(shown):
         if len(shown) < len(events) and place == half:
             left = len(events) - len(shown)
             rows.append(f'<tr><td class="dim" colspan="3">{left:,} more are in report.json</td></tr>')
+        if several and event["start"] != number:
+            number = event["start"]
+            status = report["starts"][number]["status"]
+            rows.append(f'<tr><th colspan="3">Start {number + 1}: {text(_ENDED.get(status, status))}</th></tr>')
         style = SIGNS.get(event["kind"], ("", "dim", ""))[1]
-        when = f"start {event['start'] + 1}, " * several + duration(event["seconds"])
         rows.append(
-            f'<tr><td class="when">{when}</td><td class="{style}">{text(event["kind"])}</td><td>{text(event["text"])}</td></tr>'
+            f'<tr><td class="tight">{axis_time(event["seconds"])}</td><td class="tight {style}">{text(event["kind"])}</td>'
+            f"<td>{text(event['text'])}</td></tr>"
         )
     state = " open" if len(events) <= 12 else ""
     return (
@@ -390,27 +396,21 @@ def _errors(report: Mapping[str, Any]) -> str:
 def _cost(report: Mapping[str, Any]) -> str:
     cost, limit = report["cost"], report["roofline"]
     unit = cost["unit"]
-    name = unit if unit == "GPU" else "engine"
+    unit, a_unit = (unit, "a GPU") if unit == "GPU" else ("Engine", "an engine")
     facts = [
         *([("Device", cost["gpu"])] if cost["gpu"] else []),
-        (
-            f"{unit} hours, all starts".capitalize() if unit != "GPU" else "GPU hours, all starts",
-            f"{cost['hours']:.4g} h",
-        ),
-        ("of them loading engines", f"{cost['loading_hours']:.4g} h"),
-        (f"Output tokens a {name} second", _figure(cost["output_tokens_per_second"])),
-        (f"All tokens a {name} second", _figure(cost["tokens_per_second"])),
-        (
-            f"{unit[0].upper()}{unit[1:]} hours a million output tokens",
-            _figure(cost["hours_per_million_output_tokens"]),
-        ),
-        (f"{unit[0].upper()}{unit[1:]} hours a million rows", _figure(cost["hours_per_million_rows"])),
+        (f"{unit} hours, all starts", _hours(cost["hours"])),
+        ("of them loading engines", _hours(cost["loading_hours"])),
+        (f"Output tokens {a_unit} second", _figure(cost["output_tokens_per_second"])),
+        (f"All tokens {a_unit} second", _figure(cost["tokens_per_second"])),
+        (f"{unit} hours a million output tokens", _figure(cost["hours_per_million_output_tokens"])),
+        (f"{unit} hours a million rows", _figure(cost["hours_per_million_rows"])),
     ]
     lost = cost["engine_generated_tokens"] - report["generated_tokens"]
     if lost > 0:
         facts.append(("Output tokens generated more than once", f"{lost:,}"))
     price = (
-        f'<p><label>Price of a {name} hour <input id="price" type="number" min="0" step="any" inputmode="decimal" '
+        f'<p><label>Price of {a_unit} hour <input id="price" type="number" min="0" step="any" inputmode="decimal" '
         f'data-hours="{cost["hours"]}" data-million="{cost["hours_per_million_output_tokens"] or 0}"></label> '
         '<output id="price-out" class="dim"></output></p>'
     )
@@ -504,4 +504,12 @@ def _figure(value: float | None) -> str:
 
 
 def _hours(hours: float) -> str:
-    return duration(hours * 3600) if hours < 1 else f"{hours:.1f} h" if hours < 100 else f"{hours:,.0f} h"
+    return (
+        f"{hours * 3600:.1f} s"
+        if hours < 1 / 60
+        else duration(hours * 3600)
+        if hours < 1
+        else f"{hours:.1f} h"
+        if hours < 100
+        else f"{hours:,.0f} h"
+    )

@@ -66,8 +66,8 @@ def job(directory: Path, model: Path, actors: int = 24, seconds: int = 1800, ear
             history.look([(0.5, worker(number, second)) for number in range(4)])
         history.note("retry", "shard 17 (rows 0 to 999 of part-1.parquet), attempt 2, after: its process vanished")
         if start % 2 == 0:
-            history.note("stop", "told to stop")
-            history.end("stopped", "workers have flushed their journals")
+            history.note("stopping", "told to stop; workers flush their journals")
+            history.end("stopped", "by SIGTERM or Ctrl-C")
         else:
             history.write()  # and then it was killed
 
