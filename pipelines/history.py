@@ -249,15 +249,15 @@ class History:
             start = Start(**{**values, "usage": Usage(**values["usage"])}, events=events)
             before = found.get(start.name)
             if before is not None:
-                latest = max(before, start, key=lambda one: one.seconds)
-                start = latest._replace(events=(before.events + start.events)[-MAX_EVENTS:])
+                latest = max(before, start, key=lambda one: (one.seconds, one.status != "running"))
+                start = latest._replace(events=_in_order(before.events + start.events)[-MAX_EVENTS:])
             found[start.name] = start
         earlier = sorted((s for s in found.values() if s.name != self._name), key=lambda start: start.began)
         while len(earlier) > MAX_STARTS:
             oldest = earlier.pop(0)
             earlier[0] = earlier[0]._replace(usage=_sum([oldest.usage, earlier[0].usage]))
         with self._lock:
-            return [*earlier, self._this(sorted(self._events))]
+            return [*earlier, self._this(_in_order(self._events))]
 
     def _this(self, events: list[Event]) -> Start:
         usage = _sum([actor.usage() for actor in self._actors.values()])
@@ -299,6 +299,10 @@ class History:
                 }
                 for place, actor in enumerate(busiest)
             ]
+
+
+def _in_order(events: Iterable[Event]) -> list[Event]:
+    return sorted(events, key=lambda event: event.seconds)
 
 
 def total_usage(starts: Sequence[Start]) -> Usage:

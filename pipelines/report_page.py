@@ -399,7 +399,7 @@ def _cost(report: Mapping[str, Any]) -> str:
     unit, a_unit = (unit, "a GPU") if unit == "GPU" else ("Engine", "an engine")
     facts = [
         *([("Device", cost["gpu"])] if cost["gpu"] else []),
-        (f"{unit} hours, all starts", _hours(cost["hours"])),
+        (f"{unit} time, all starts", _hours(cost["hours"])),
         ("of them loading engines", _hours(cost["loading_hours"])),
         (f"Output tokens {a_unit} second", _figure(cost["output_tokens_per_second"])),
         (f"All tokens {a_unit} second", _figure(cost["tokens_per_second"])),

@@ -31,7 +31,7 @@ class Clock:
 
 def worker(number: int, up_s: float, *, life: int = 0, gpu: str = "NVIDIA H200", actor: str = "") -> WorkerState:
     """What a process says `up_s` after it began; it loads for 12 s and then runs steadily."""
-    pace = 0.55 if number == 3 else 1 - 0.01 * number
+    pace = 0.55 if number == 3 else max(0.2, 1 - 0.01 * number)
     busy = max(0.0, up_s - 12)
     return WorkerState(
         finished_rows=int(270 * busy * pace),
