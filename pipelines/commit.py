@@ -8,6 +8,7 @@ Workers journal and commit through `OutputDirectory`; the driver creates it, ask
     OUT/_run/                    job.json, plan.parquet, input.parquet, config.yaml, report.json, report.html
     OUT/_run/journal/<shard>/    finished rows of shards in flight, one file an attempt; <shard>.attempts: see `attempts`
     OUT/_run/ledger/             what each committed shard counted, one file a driver
+    OUT/_run/history/            what happened in each start, for the report; see `history`
     OUT/_run/lease-*.json        who writes here; see `lease`
     OUT/_run/tmp/                files on their way to their name
 """
@@ -286,6 +287,10 @@ class OutputDirectory:
     def ledger(self) -> Location:
         """Where drivers record what committed shards counted."""
         return self.run.child("ledger")
+
+    def history(self) -> Location:
+        """Where drivers record what happened in their start."""
+        return self.run.child("history")
 
     def succeeded(self) -> bool:
         """Whether an earlier start finished the job."""

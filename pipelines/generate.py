@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,14 +31,16 @@ from pipelines.batch_results import NAME as RESULTS
 from pipelines.batch_results import BatchResults
 from pipelines.columns import OutputColumns, check_names, output_columns
 from pipelines.commit import JobFile, OutputDirectory, RecordLog, backoff_s, output_schema, read_records, retrying
-from pipelines.counts import Counts, count_rows, counted
+from pipelines.counts import Counts, ErrorSample, count_rows, counted, keep_few
+from pipelines.history import History
 from pipelines.inputs import Dataset, list_dataset, measure, read_rows
 from pipelines.job import Command, JobConfig, load
 from pipelines.lease import Lease, LeaseLost
 from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
 from pipelines.prompts import Rendered
-from pipelines.report import build_report, to_html, to_json
+from pipelines.report import build_report, to_json
+from pipelines.report_page import to_html
 from pipelines.requests import Requests, per_row_parameters
 from pipelines.row_values import RowError
 from pipelines.rows import Engine
@@ -384,7 +386,10 @@ class Run:
         self._name = uuid.uuid4().hex
         self._apart: list[Shard] = []
         self._given_up = 0  # shards in a row
-        self._watchdog = Watchdog(job.config.run.hang_s)
+        self._history = History(output.history(), self._name, lambda: progress.seconds)
+        self._words = 0  # of the board that the history has
+        self._error_samples: list[ErrorSample] = []  # that the ledger has
+        self._watchdog = Watchdog(job.config.run.hang_s, self._note_hang)
         self._ledger = RecordLog(output.ledger())
         self._unwritten: list[ShardResult] = []
         self._written_at = time.monotonic()
@@ -407,6 +412,8 @@ class Run:
         finished = threading.Event()
         printer = threading.Thread(target=self._print_progress, args=(board, finished), daemon=True)
         printer.start()
+        self._history.begin()
+        threading.Thread(target=self._history.write_regularly, args=(finished,), name="history", daemon=True).start()
         stop.before = lambda: self._flush_workers(board)
         shards = {shard.index: shard for shard in pending}
         try:
@@ -414,12 +421,19 @@ class Run:
                 self._take(result, shards[result.index])
             if self._apart:
                 print(f"engines died; suspect rows of {len(self._apart):,} shards are now tried apart", flush=True)
+                self._history.note("apart", f"suspect rows of {len(self._apart):,} shards are now tried apart")
                 for result in self._results_of(self._apart, board, apart=True):
                     self._take(result, shards[result.index])
-        except JobFailed:
+        except JobFailed as error:
+            self._history.end("failed", str(error))
             raise
         except Exception as error:  # Ray and Ray Data raise many kinds; each ends this start
-            raise JobFailed(_root_cause(error)) from None
+            cause = _root_cause(error)
+            self._history.end("failed", cause)
+            raise JobFailed(cause) from None
+        except Stopped:
+            self._history.end("stopped", "by SIGTERM or Ctrl-C")
+            raise
         finally:
             stop.before = lambda: None
             finished.set()
@@ -427,6 +441,8 @@ class Run:
                 self._write_ledger()
             printer.join(timeout=1)
             self._progress.end()
+        self._history.look(_read_board(board, timeout_s=5) or [])
+        self._hear_words(board)
 
     def _results_of(
         self, pending: Sequence[Shard], board: ActorHandle[Any], apart: bool = False
@@ -486,21 +502,29 @@ class Run:
         self._lease.check()
         if result.status == "fatal":
             raise JobFailed(f"{result.reason}; {MEND}")
+        if result.earlier is not None:
+            place = f"rows {shard.first_row} to {shard.first_row + shard.rows - 1} of {shard.file}"
+            text = f"shard {shard.index} ({place}), attempt {result.attempt + 1}, after: {result.earlier}"
+            self._history.note("retry", text, ago=result.seconds)
+        self._history.did(result.worker, result.engine or {})
         self._copied_rows += result.copied_rows
         if result.status == "apart":
             self._apart.append(shard)
             return
-        self._results.append({key: value for key, value in asdict(result).items() if key != "counts"})
+        self._results.append({key: value for key, value in asdict(result).items() if key not in ("counts", "engine")})
         self._given_up = self._given_up + 1 if result.gave_up else 0
         if self._given_up >= MAX_GIVEN_UP:
             raise JobFailed(f"engines die whatever they run: {result.reason}")
         if result.status == "failed":
             where = f"{shard.file} rows {shard.first_row} to {shard.first_row + shard.rows - 1}"
             self._failures[where] = result.reason or ""
+            self._history.note("failed", f"shard {shard.index} ({where}): {result.reason}")
             return
         self._progress.committed_rows += shard.rows
         self._reused_rows += result.reused_rows
-        self._unwritten.append(result)
+        counts = Counts.from_dict(result.counts or {})
+        counts.error_samples = keep_few(self._error_samples, counts.error_samples)  # so that the ledger stays small
+        self._unwritten.append(replace(result, counts=counts.as_dict()))
         if time.monotonic() - self._written_at > self._config.run.journal_flush_s:
             self._write_ledger()
 
@@ -522,10 +546,27 @@ class Run:
             workers = _read_board(board, timeout_s=5) or []
             self._progress.sample(workers)
             self._watchdog.look(workers)
+            self._history.look(workers)
+            self._hear_words(board)
+
+    def _hear_words(self, board: ActorHandle[Any]) -> None:
+        """Note what engines said when they died."""
+        import ray
+
+        with suppress(ray.exceptions.RayError):
+            for age, word in ray.get(board.words.remote(self._words), timeout=5):
+                self._words += 1
+                actor = self._history.actor_of(word.node, word.pid, word.birth)
+                self._history.note("death", f"{actor} pid {word.pid}: {word.text}", actor, ago=age)
+
+    def _note_hang(self, state: WorkerState) -> None:
+        actor = self._history.actor_of(state.node, state.pid, state.birth)
+        self._history.note("hang", f"{actor} pid {state.pid} on {state.host} hung and was killed", actor)
 
     def _flush_workers(self, board: ActorHandle[Any]) -> None:
         """Before the job is stopped: let workers flush their journals, so that the next start repeats nothing that is finished."""
         board.stop.remote()
+        self._history.note("stopping", "told to stop; workers flush their journals")
         deadline = time.monotonic() + FLUSH_S
         while (left := deadline - time.monotonic()) > 0:
             workers = _read_board(board, left)
@@ -544,6 +585,8 @@ class Run:
         retries = self._config.run.write_retries
         counts = retrying(self._count, retries)
         status = "failed" if self._failures else "finished"
+        self._history.end(status, f"{counts.rows:,} of {total_rows:,} rows are done")
+        starts = retrying(self._history.starts, retries)
         report = build_report(
             status=status,
             config=self._config.as_dict(),
@@ -556,6 +599,8 @@ class Run:
             samples=self._progress.as_list(),
             shards=self._results[-1000:],
             failures=self._failures,
+            starts=starts,
+            actors=self._history.actors(),
         )
         try:
             self._confirm()
@@ -619,10 +664,11 @@ class Run:
             for index, counts in json.loads(payload):
                 recorded[index] = Counts.from_dict(counts)
         columns = self._job.columns
+        shards = {shard.index: shard for shard in self._job.shards}
         total = Counts()
         for index in sorted(self._output.committed()):
             if index not in recorded:
-                recorded[index] = count_rows(self._output.read_part(index, counted(columns)), columns)
+                recorded[index] = count_rows(self._output.read_part(index, counted(columns)), columns, shards[index])
             total.add(recorded[index])
         return total
 
