@@ -35,6 +35,7 @@ from pipelines.counts import Counts, count_rows, counted
 from pipelines.inputs import Dataset, list_dataset, measure, read_rows
 from pipelines.job import Command, JobConfig, load
 from pipelines.lease import Lease, LeaseLost
+from pipelines.models import look, model_name, named, source_of
 from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
 from pipelines.prompts import Rendered
@@ -172,8 +173,11 @@ def _check_model(job: Job) -> tuple[Requests, PreTrainedTokenizerBase]:
     from nanovllm.utils.tokenizer import load_tokenizer
 
     config = job.config
-    model = check_model(config.engine)
-    tokenizer = load_tokenizer(config.engine)
+    directory = look(config.model, config.run.model_cache, config.engine.load_format == "auto")
+    engine = config.engine.model_copy(update={"model": str(directory)})
+    with named(config.model, directory):
+        model = check_model(engine)
+        tokenizer = load_tokenizer(engine)
     if tokenizer is None:
         raise UserError(f"model {config.model!r} has no tokenizer; put its tokenizer.json into the directory")
     longest = min(config.engine.max_model_len, model.rope.max_position(model.max_position_embeddings))
@@ -182,7 +186,7 @@ def _check_model(job: Job) -> tuple[Requests, PreTrainedTokenizerBase]:
             f"sampling.max_tokens={config.sampling.max_tokens} leaves no room for a prompt in {longest} tokens, to which "
             f"prompt.too_long={config.prompt.too_long} would cut it; lower it or raise engine.max_model_len"
         )
-    check_sampling(config.engine, config.sampling, model, tokenizer)
+    check_sampling(engine, config.sampling, model, tokenizer)
     requests = Requests(config, job.schema, config.run.seed)
     requests.attach(tokenizer, config.model)
     return requests, tokenizer
@@ -462,6 +466,7 @@ class Run:
             self._job.schema,
             None if self._placement.num_gpus else -(-self._placement.max_actors // nodes),
             self._engine,
+            source_of(self._config),
         )
         at_once = 1 if apart else self._config.run.shards_in_flight
         dataset = stream_shards(pending).map_batches(
@@ -589,8 +594,7 @@ class Run:
         """
         if self._config.format != "openai_batch":
             return
-        model = self._config.model.rstrip("/").rpartition("/")[2]
-        answers = BatchResults(self._output, self._job.shards, self._job.columns, model)
+        answers = BatchResults(self._output, self._job.shards, self._job.columns, model_name(self._config.model))
         retrying(lambda: self._output.put_top(RESULTS, answers.lines()), self._config.run.write_retries)
         repeated, custom_id = retrying(answers.repeated, self._config.run.write_retries)
         if repeated:
