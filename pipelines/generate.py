@@ -25,6 +25,7 @@ if __name__ == "__main__":  # run as a script: the repository is the root of imp
 
 import pyarrow as pa
 
+from cluster.address import check_reachable, cluster_address
 from cluster.placement import Placement, local_gpus, place
 from nanovllm import SamplingParams, UserError
 from pipelines.batch_results import NAME as RESULTS
@@ -82,9 +83,12 @@ def main(arguments: Sequence[str] | None = None, engine: Callable[..., Engine] |
     """Run the command line and return its exit status. `engine` as in `run_job`."""
     try:
         command = load(sys.argv[1:] if arguments is None else arguments)
+        address = cluster_address(command.address, os.environ)
         if command.print_config:
             print(command.config.as_yaml(), end="")
             return 0
+        if command.address is not None:
+            os.environ["RAY_ADDRESS"] = address  # for Ray's own processes too
         return _run(command, engine)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -113,6 +117,7 @@ def _run(command: Command, engine: Callable[..., Engine] | None) -> int:
     if job.owner is not None and output.succeeded():
         _say_finished(job)
     else:
+        check_reachable(_ray_address())
         _check_model(job)
         run_job(job, output, engine)
     if command.demo:
@@ -340,9 +345,10 @@ def _ray(stop: StopSignals) -> Iterator[None]:
     try:
         try:
             ray.init(address=address, **options)
-        except ConnectionError as error:
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise UserError(
-                f"no Ray cluster at RAY_ADDRESS={address!r}: {_one_line(error)}; unset it to run here"
+                f"no Ray cluster at RAY_ADDRESS={address!r}: {_one_line(error)}; one with token authentication wants RAY_AUTH_MODE=token "
+                "and its token (RAY_AUTH_TOKEN, ~/.ray/auth_token); without an address the job runs here"
             ) from None
         except SystemExit:  # while Ray starts, the handler of SIGTERM is its own
             stop.finish()

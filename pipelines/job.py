@@ -342,6 +342,7 @@ class Command:
     print_config: bool
     dry_run: bool
     demo: bool
+    address: str | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -368,6 +369,9 @@ def load(arguments: Sequence[str]) -> Command:
     parser.add_argument("--input", help="Parquet, JSONL or CSV: a file, directory or glob, local or remote")
     parser.add_argument("--output", help="directory for the result")
     parser.add_argument("--config", help="job file in YAML; see pipelines/jobs/")
+    parser.add_argument(
+        "--address", help="cluster to run on: auto, or host:port of its head; else RAY_ADDRESS, or a Ray of its own"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show 3 prompts, start no engine")
     parser.add_argument("--demo", action="store_true", help="run on the bundled model and prompts")
@@ -393,7 +397,7 @@ def load(arguments: Sequence[str]) -> Command:
     model = values.get("model")
     if isinstance(model, str) and model and ("://" in model or Path(model).exists()):
         values["model"] = absolute(model)
-    return Command(build(values), options.print_config, options.dry_run, options.demo)
+    return Command(build(values), options.print_config, options.dry_run, options.demo, options.address)
 
 
 def _read_job_file(path: Path) -> dict[str, Any]:
