@@ -255,6 +255,8 @@ def _outline(source: Source, draw: Callable[[Path], None]) -> Path:
                 shutil.rmtree(fresh, ignore_errors=True)
                 fresh.mkdir(parents=True)
                 draw(fresh)
+                for path in fresh.iterdir():
+                    _sync(path)  # else a power cut could leave empty files under the final name
                 fresh.rename(outline)
     return outline
 
@@ -481,8 +483,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

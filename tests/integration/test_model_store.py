@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -16,10 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 import pipelines.models
 from nanovllm import UserError
+from pipelines import NanoVLLMPredictor
 from pipelines.generate import main
 from pipelines.models import EDGE_BYTES, SUMS, Source, local_model, look
 from pipelines.plan import model_identity
@@ -43,7 +46,6 @@ print(source.fetch({RETRIES}))
 LOOK_AND_FETCH = """
 import json, sys
 from pipelines.models import look, local_model
-from pipelines.models import _source
 from nanovllm import UserError
 model, cache = sys.argv[1:3]
 try:
@@ -235,6 +237,18 @@ def test_the_driver_fetches_no_weights(s3: int, tmp_path: Path) -> None:
         proxy.asked.clear()
         look(proxied, str(tmp_path / "other"))
         assert gets(proxy) == Counter()  # one list of the directory, no file
+
+
+def test_a_predictor_of_an_address(sharded: Path, tmp_path: Path) -> None:
+    options = {"prompt_column": "prompt", "sampling_params": {"temperature": 0, "max_tokens": 4}, "device": "cpu"}
+    prompts = pa.table({"prompt": ["the quick brown fox", "and then"]})
+    answers = []
+    for model in (str(sharded), f"file://{sharded}"):
+        predictor = NanoVLLMPredictor(model, model_cache=str(tmp_path), **options)
+        answers.append(asyncio.run(predictor(prompts))["generated_text"].to_pylist())
+        del predictor
+    assert answers[0] == answers[1]
+    assert [path.name.rpartition("-")[0] for path in tmp_path.iterdir() if path.is_dir()] == ["tiny"]
 
 
 CASES: dict[str, tuple[Callable[[Path, int], Any], str]] = {}

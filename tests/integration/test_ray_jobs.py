@@ -11,17 +11,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import pytest
 
-from cluster.local_nodes import SETTINGS, alive, kill
+from cluster.local_nodes import SETTINGS, alive, kill, wait_gone
 from tests.counting import computed
-from tests.faults import ACTOR, kept_rows, named
-from tests.integration.jobs import REPOSITORY, SLOW, end, journalled_rows, leases, parts, start
+from tests.faults import ACTOR, RANK, kept_rows, named, suspend
+from tests.integration.jobs import REPOSITORY, SLOW, end, journalled_rows, leases, parts, start, wait_for
 from tests.integration.test_predictor import free_ports
 
 ROWS = 240
@@ -136,11 +136,13 @@ def whole(head: Head, job: list[str], workplace: Path) -> Path:
     """The output of a job that nobody disturbed, on the same cluster through `--address`."""
     output = workplace / "by-address"
     arguments = [*job, "--output", str(output), "--address", head.address]
-    done = end(start(arguments, workplace, env=head.environment), PATIENCE_S)
+    process = start(arguments, workplace, env=head.environment)
+    try:
+        wait_for(lambda: named(ACTOR, head.members()), process, PATIENCE_S)
+    finally:
+        done = end(process, PATIENCE_S)
     assert done.returncode == 0
     assert f"finished: {ROWS} rows (2 with an error)" in done.stdout
-    logs = head.sessions / "session_latest" / "logs"
-    assert any("ShardWorker" in log.read_text(errors="replace") for log in logs.glob("python-core-driver-*.log"))
     return output
 
 
@@ -152,25 +154,45 @@ def listening(processes: list[psutil.Process]) -> set[str]:
     return {each.laddr.ip.removeprefix("::ffff:") for each in open_}
 
 
+def suspended_when(what: Callable[[], bool], head: Head) -> list[psutil.Process]:
+    """The actors of the running job, standing still at a moment when `what` holds."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        actors = named(ACTOR, head.members())
+        for actor in actors:
+            suspend(actor)
+        if actors and what():
+            return actors
+        for actor in actors:
+            actor.resume()
+        assert time.monotonic() < deadline, "the job never came so far"
+        time.sleep(0.1)
+
+
 def test_stopped_and_submitted_again_it_ends_the_same(head: Head, job: list[str], whole: Path, tmp_path: Path) -> None:
     output, counts = tmp_path / "out", tmp_path / "counts"
     words = ["tests/counting.py", str(counts), *job, "--output", str(output)]
     assert head.submit("first", *words, wait=False).returncode == 0
-    deadline = time.monotonic() + PATIENCE_S
-    while not (output.exists() and parts(output) and journalled_rows(output)):
-        assert time.monotonic() < deadline, head.ray("job", "logs", "first").stdout
-        time.sleep(0.1)
-
-    ours = named("tests/counting.py", head.members()) + named(ACTOR, head.members())
-    assert len(ours) >= 2
-    assert listening(ours) <= {"127.0.0.1", "::1"}
+    actors = suspended_when(lambda: bool(output.exists() and parts(output) and journalled_rows(output)), head)
+    driver = named("tests/counting.py", head.members())
+    assert driver
+    assert listening([*driver, *actors]) <= {"127.0.0.1", "::1"}
     uploads = list((head.sessions / "session_latest" / "runtime_resources" / "working_dir_files").glob("_ray_pkg_*/"))
     assert uploads
     sizes = [path.stat().st_size for upload in uploads for path in upload.rglob("*") if path.is_file()]
     assert sum(sizes) < MAX_UPLOAD
 
-    assert head.ray("job", "stop", "first").returncode == 0
-    assert alive(ours[:1]) == []  # the driver has ended
+    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "stop", "first"]
+    stop = subprocess.Popen(command, env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert stop.stdout is not None
+        next((line for line in stop.stdout if "Attempting to stop" in line), None)  # the command took a while to start
+    finally:
+        for actor in actors:
+            actor.resume()
+    out, _ = stop.communicate(timeout=PATIENCE_S)
+    assert stop.returncode == 0, out
+    assert wait_gone(driver, PATIENCE_S) == []
     kept = kept_rows(output)
     assert 0 < len(kept) < ROWS
     assert leases(output) == []  # and came to its own end
@@ -194,7 +216,7 @@ def test_refused_it_has_failed_with_our_line_and_status(head: Head, job: list[st
     assert done.returncode == 1  # Ray's own, of every job that failed
     assert f"error: input {gone!r} does not exist" in done.stdout
     status = head.ray("job", "status", "refused").stdout
-    assert "FAILED" in status
+    assert "Job 'refused' failed" in status
     assert "exit code 2" in status
 
 
@@ -234,3 +256,17 @@ def test_without_the_token_no_driver_connects(head: Head, job: list[str], tmp_pa
     assert done.stderr.splitlines()[-1].startswith(f"error: no Ray cluster at RAY_ADDRESS={head.address!r}: ")
     assert "RAY_AUTH_TOKEN" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long  # the look at driver and actor is its kind
+def test_ranks_listen_on_loopback_alone(head: Head, job: list[str], tmp_path: Path) -> None:
+    arguments = [*job, "--output", str(tmp_path / "out"), "--address", head.address, "engine.tensor_parallel_size=2"]
+    process = start(arguments, tmp_path, env=head.environment)
+    try:
+        wait_for(lambda: journalled_rows(tmp_path / "out"), process, PATIENCE_S)
+        ranks = named(RANK, head.members())
+        assert len(ranks) >= 1
+        assert listening([*ranks, *named(ACTOR, head.members()), psutil.Process(process.pid)]) <= {"127.0.0.1", "::1"}
+    finally:
+        done = end(process, PATIENCE_S)
+    assert done.returncode == 0
