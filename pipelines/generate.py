@@ -25,6 +25,7 @@ if __name__ == "__main__":  # run as a script: the repository is the root of imp
 
 import pyarrow as pa
 
+from cluster.address import check_reachable, cluster_address
 from cluster.placement import Placement, local_gpus, place
 from nanovllm import SamplingParams, UserError
 from pipelines.batch_results import NAME as RESULTS
@@ -36,6 +37,7 @@ from pipelines.history import History
 from pipelines.inputs import Dataset, list_dataset, measure, read_rows
 from pipelines.job import Command, JobConfig, load
 from pipelines.lease import Lease, LeaseLost
+from pipelines.models import look, model_name, named, source_of
 from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
 from pipelines.prompts import Rendered
@@ -83,9 +85,12 @@ def main(arguments: Sequence[str] | None = None, engine: Callable[..., Engine] |
     """Run the command line and return its exit status. `engine` as in `run_job`."""
     try:
         command = load(sys.argv[1:] if arguments is None else arguments)
+        address = cluster_address(command.address, os.environ)
         if command.print_config:
             print(command.config.as_yaml(), end="")
             return 0
+        if command.address is not None:
+            os.environ["RAY_ADDRESS"] = address  # for Ray's own processes too
         return _run(command, engine)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -114,6 +119,7 @@ def _run(command: Command, engine: Callable[..., Engine] | None) -> int:
     if job.owner is not None and output.succeeded():
         _say_finished(job)
     else:
+        check_reachable(_ray_address())
         _check_model(job)
         run_job(job, output, engine)
     if command.demo:
@@ -174,8 +180,11 @@ def _check_model(job: Job) -> tuple[Requests, PreTrainedTokenizerBase]:
     from nanovllm.utils.tokenizer import load_tokenizer
 
     config = job.config
-    model = check_model(config.engine)
-    tokenizer = load_tokenizer(config.engine)
+    directory = look(config.model, config.run.model_cache, config.engine.load_format == "auto")
+    engine = config.engine.model_copy(update={"model": str(directory)})
+    with named(config.model, directory):
+        model = check_model(engine)
+        tokenizer = load_tokenizer(engine)
     if tokenizer is None:
         raise UserError(f"model {config.model!r} has no tokenizer; put its tokenizer.json into the directory")
     longest = min(config.engine.max_model_len, model.rope.max_position(model.max_position_embeddings))
@@ -184,7 +193,7 @@ def _check_model(job: Job) -> tuple[Requests, PreTrainedTokenizerBase]:
             f"sampling.max_tokens={config.sampling.max_tokens} leaves no room for a prompt in {longest} tokens, to which "
             f"prompt.too_long={config.prompt.too_long} would cut it; lower it or raise engine.max_model_len"
         )
-    check_sampling(config.engine, config.sampling, model, tokenizer)
+    check_sampling(engine, config.sampling, model, tokenizer)
     requests = Requests(config, job.schema, config.run.seed)
     requests.attach(tokenizer, config.model)
     return requests, tokenizer
@@ -338,9 +347,10 @@ def _ray(stop: StopSignals) -> Iterator[None]:
     try:
         try:
             ray.init(address=address, **options)
-        except ConnectionError as error:
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise UserError(
-                f"no Ray cluster at RAY_ADDRESS={address!r}: {_one_line(error)}; unset it to run here"
+                f"no Ray cluster at RAY_ADDRESS={address!r}: {_one_line(error)}; one with token authentication wants RAY_AUTH_MODE=token "
+                "and its token (RAY_AUTH_TOKEN, ~/.ray/auth_token); without an address the job runs here"
             ) from None
         except SystemExit:  # while Ray starts, the handler of SIGTERM is its own
             stop.finish()
@@ -478,6 +488,7 @@ class Run:
             self._job.schema,
             None if self._placement.num_gpus else -(-self._placement.max_actors // nodes),
             self._engine,
+            source_of(self._config),
         )
         at_once = 1 if apart else self._config.run.shards_in_flight
         dataset = stream_shards(pending).map_batches(
@@ -634,8 +645,7 @@ class Run:
         """
         if self._config.format != "openai_batch":
             return
-        model = self._config.model.rstrip("/").rpartition("/")[2]
-        answers = BatchResults(self._output, self._job.shards, self._job.columns, model)
+        answers = BatchResults(self._output, self._job.shards, self._job.columns, model_name(self._config.model))
         retrying(lambda: self._output.put_top(RESULTS, answers.lines()), self._config.run.write_retries)
         repeated, custom_id = retrying(answers.repeated, self._config.run.write_retries)
         if repeated:

@@ -33,6 +33,7 @@ from pipelines.counts import Counts, count_rows, counted
 from pipelines.dedupe import Copy, Deduplicated
 from pipelines.inputs import Format, read_rows
 from pipelines.job import JobConfig, build
+from pipelines.models import Source
 from pipelines.plan import SHARD_SCHEMA, Shard
 from pipelines.processes import born
 from pipelines.progress import WorkerState
@@ -63,6 +64,7 @@ class Task(NamedTuple):
         root, format, schema: of the input.
         actors_per_node: how many engines share a node's CPUs; None where engines run on GPUs.
         engine: makes the engine from a model and the options of `EngineConfig`; `AsyncLLM` where None.
+        source: from where the node fetches the model; None where it is a directory that every node sees.
     """
 
     settings: dict[str, Any]
@@ -74,6 +76,7 @@ class Task(NamedTuple):
     schema: pa.Schema
     actors_per_node: int | None
     engine: Callable[..., Engine] | None = None
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,9 @@ class ShardWorker:
             make = AsyncLLM
         if task.actors_per_node is not None:
             share_cpus(task.actors_per_node, self._config.engine.tensor_parallel_size)
-        self._engine: Engine = make(self._config.model, **self._config.engine.model_dump(exclude={"model"}))
+        retries = self._config.run.write_retries
+        model = task.source.fetch(retries) if task.source else self._config.model
+        self._engine: Engine = make(model, **self._config.engine.model_dump(exclude={"model"}))
         self._requests.attach(self._engine.tokenizer, self._config.model)
         deduplicated = Deduplicated(self._engine) if self._config.run.dedupe else self._engine
         self._rows = RowPath(deduplicated, self._config.prompt.too_long)
