@@ -37,6 +37,7 @@ from pipelines.history import History
 from pipelines.inputs import Dataset, list_dataset, measure, read_rows
 from pipelines.job import Command, JobConfig, load
 from pipelines.lease import Lease, LeaseLost
+from pipelines.metrics import JobMetrics
 from pipelines.models import look, model_name, named, source_of
 from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
@@ -265,7 +266,7 @@ def run_job(job: Job, output: OutputDirectory, engine: Callable[..., Engine] | N
         try:
             lease.acquire()
             for claim in lease.superseded:
-                print(f"taking over from {claim}, which died without releasing the output", flush=True)
+                _say(job.config, f"taking over from {claim}, which died without releasing the output")
             _run_alone(_look_again(job, output), output, lease, stop, engine)
         finally:
             stop.finish()
@@ -295,18 +296,18 @@ def _run_alone(
     pending = _pending(job, output)
     total_rows = sum(shard.rows for shard in job.shards)
     resumed_rows = total_rows - sum(shard.rows for shard in pending)
-    progress = Progress(total_rows, resumed_rows, job.config.run.progress_s)
+    progress = Progress(total_rows, resumed_rows, job.config.run.progress_s, quiet=job.config.run.quiet)
     if not pending:
         Run(job, output, lease, job.owner, None, progress, engine).finish(resumed_rows, total_rows)
         return
     if _ray_address() == "local":
         owner = _take_possession(job, output, lease)
-    with _ray(stop):
+    with _ray(stop, job.config.run.quiet):
         placement = _place_on_cluster(job.config)
         if _ray_address() != "local":
             owner = _take_possession(job, output, lease)
         if resumed_rows:
-            print(f"resuming: {resumed_rows:,} of {total_rows:,} rows are already committed", flush=True)
+            _say(job.config, f"resuming: {resumed_rows:,} of {total_rows:,} rows are already committed")
         run = Run(job, output, lease, owner, placement, progress, engine)
         run.execute(pending, stop)
     run.finish(resumed_rows, total_rows)
@@ -327,8 +328,8 @@ def _ray_address() -> str:
 
 
 @contextmanager
-def _ray(stop: StopSignals) -> Iterator[None]:
-    """Ray for the length of a job.
+def _ray(stop: StopSignals, quiet: bool) -> Iterator[None]:
+    """Ray for the length of a job. `quiet`: what workers print stays in Ray's logs.
 
     Raises:
         UserError: there is no cluster at RAY_ADDRESS.
@@ -338,7 +339,7 @@ def _ray(stop: StopSignals) -> Iterator[None]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": True}
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": not quiet}
     if address == "local":
         options["include_dashboard"] = False
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # `ray job submit` has shipped the working directory already
@@ -370,6 +371,12 @@ def _place_on_cluster(config: JobConfig) -> Placement:
     import ray
 
     return _place(config, ray.cluster_resources().get("GPU", 0))
+
+
+def _say(config: JobConfig, line: str) -> None:
+    """Tell what nobody needs to know who only waits for the end."""
+    if not config.run.quiet:
+        print(line, flush=True)
 
 
 class Run:
@@ -418,6 +425,7 @@ class Run:
         """
         import ray
 
+        self._metrics = JobMetrics(self._config.output)
         board = ray.remote(ProgressBoard).options(num_cpus=0, max_restarts=-1, max_task_retries=3).remote()
         finished = threading.Event()
         printer = threading.Thread(target=self._print_progress, args=(board, finished), daemon=True)
@@ -430,10 +438,14 @@ class Run:
             for result in self._results_of(pending, board):
                 self._take(result, shards[result.index])
             if self._apart:
-                print(f"engines died; suspect rows of {len(self._apart):,} shards are now tried apart", flush=True)
-                self._history.note("apart", f"suspect rows of {len(self._apart):,} shards are now tried apart")
+                words = f"suspect rows of {len(self._apart):,} shards are now tried apart"
+                _say(self._config, f"engines died; {words}")
+                self._history.note("apart", words)
                 for result in self._results_of(self._apart, board, apart=True):
                     self._take(result, shards[result.index])
+            finished.set()
+            printer.join()
+            self._look(board)
         except JobFailed as error:
             self._history.end("failed", str(error))
             raise
@@ -532,6 +544,9 @@ class Run:
             self._history.note("failed", f"shard {shard.index} ({where}): {result.reason}")
             return
         self._progress.committed_rows += shard.rows
+        if result.counts is not None:
+            self._progress.committed_errors += result.counts["error_rows"]
+            self._metrics.committed(result.counts)
         self._reused_rows += result.reused_rows
         counts = Counts.from_dict(result.counts or {})
         counts.error_samples = keep_few(self._error_samples, counts.error_samples)  # so that the ledger stays small
@@ -554,11 +569,16 @@ class Run:
     def _print_progress(self, board: ActorHandle[Any], finished: threading.Event) -> None:
         """Thread: sample the board every second."""
         while not finished.wait(1.0):
-            workers = _read_board(board, timeout_s=5) or []
-            self._progress.sample(workers)
+            workers = self._look(board)
             self._watchdog.look(workers)
             self._history.look(workers)
             self._hear_words(board)
+
+    def _look(self, board: ActorHandle[Any]) -> list[tuple[float, WorkerState]]:
+        """Sample the board once, for the lines and for Prometheus; what it says."""
+        workers = _read_board(board, timeout_s=5) or []
+        self._metrics.look(workers, self._progress.sample(workers), self._progress.total_rows)
+        return workers
 
     def _hear_words(self, board: ActorHandle[Any]) -> None:
         """Note what engines said when they died."""
@@ -633,9 +653,10 @@ class Run:
         rate = f", {report['this_start']['generated_tokens'] / seconds:,.0f} tok/s" if seconds else ""
         print(
             f"finished: {counts.rows:,} rows ({counts.error_rows:,} with an error{copies}), {counts.input_tokens:,} tokens in, "
-            f"{counts.generated_tokens:,} out, {duration(seconds)}{rate}"
+            f"{counts.generated_tokens:,} out, {duration(seconds)}{rate}",
+            flush=True,
         )
-        print(f"output   {self._config.output}\nreport   {self._output.run.child('report.html').path}", flush=True)
+        _say(self._config, f"output   {self._config.output}\nreport   {self._output.run.child('report.html').path}")
 
     def _answer(self) -> None:
         """Write the answers to the requests of a batch, where the input is one.
@@ -652,7 +673,7 @@ class Run:
             print(
                 f"warning: {repeated:,} requests have the custom_id of an earlier one, the first of them {custom_id!r}"
             )
-        print(f"answers  {self._output.place.child(RESULTS).path}")
+        _say(self._config, f"answers  {self._output.place.child(RESULTS).path}")
 
     def _confirm(self) -> None:
         """See that the output is this start's, before what only its holder may write.

@@ -184,6 +184,9 @@ class RunConfig(_Section):
     progress_s: float = Field(
         default=5.0, gt=0, description="Seconds between progress lines where stdout is no terminal."
     )
+    quiet: bool = Field(
+        default=False, description="Print nothing but the last line, and errors; the same as the flag --quiet."
+    )
 
 
 class JobConfig(_Section):
@@ -374,6 +377,7 @@ def load(arguments: Sequence[str]) -> Command:
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show 3 prompts, start no engine")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the last line, and errors")
     parser.add_argument("--demo", action="store_true", help="run on the bundled model and prompts")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting of the job")
     options, unknown = parser.parse_known_intermixed_args(list(arguments))
@@ -391,6 +395,8 @@ def load(arguments: Sequence[str]) -> Command:
     for name in ("model", "input", "output"):
         if getattr(options, name) is not None:
             values[name] = getattr(options, name)
+    if options.quiet:
+        _apply(values, "run.quiet=true")
     for name in ("input", "output"):
         if isinstance(values.get(name), str) and values[name]:
             values[name] = absolute(values[name])

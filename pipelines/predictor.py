@@ -24,6 +24,7 @@ from nanovllm.utils.validation import parse, suggest
 from pipelines.columns import OutputColumns, check_names, choose_columns
 from pipelines.dedupe import Deduplicated, check_dedupe
 from pipelines.job import ColumnsConfig, PromptConfig, RunConfig, TooLong, check_prompt, read_prompt_files
+from pipelines.metrics import EngineMetrics
 from pipelines.models import local_model
 from pipelines.requests import Requests, per_row_parameters, row_seed
 from pipelines.results import RowResult
@@ -113,6 +114,7 @@ class NanoVLLMPredictor:
         directory = local_model(model, run.model_cache, engine.load_format == "auto", run.write_retries)
         check_sampling(engine.model_copy(update={"model": directory}), self._settings.sampling)
         self._engine = AsyncLLM(directory, **engine_options)
+        self._metrics = EngineMetrics(output="")
         self._rows = RowPath(Deduplicated(self._engine) if dedupe else self._engine, self._settings.prompt.too_long)
 
     def __del__(self) -> None:
@@ -134,11 +136,18 @@ class NanoVLLMPredictor:
         rows = requests.rows_of(read)
         seeds = [row_seed(self._seed, requests.key(row)) for row in rows]
         results: dict[int, RowResult] = {}
+
+        def done(row: int, result: RowResult) -> None:
+            results[row] = result
+            self._metrics.row(result)
+
+        self._metrics.report(self._engine.stats())
         try:
-            await self._rows.run(requests, rows, seeds, results.__setitem__)
+            await self._rows.run(requests, rows, seeds, done)
         except EngineDeadError as error:
             print(f"the engine died: {error}", file=sys.stderr, flush=True)
             os._exit(ENGINE_DIED)
+        self._metrics.report(self._engine.stats())
         return columns.extend(table, [results[row] for row in range(len(rows))])
 
     def _for_input(self, schema: pa.Schema) -> tuple[Requests, OutputColumns]:

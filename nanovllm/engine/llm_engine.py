@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence as Sized
 from concurrent.futures import Future, wait
@@ -21,7 +22,7 @@ from nanovllm.engine.row_sampling import SamplingInput, build_sampling_input, no
 from nanovllm.engine.scheduler import ScheduledSequence, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.shared_prefix import PrefixSharing
-from nanovllm.engine.stats import EngineStats
+from nanovllm.engine.stats import EngineStats, StepTimes
 from nanovllm.outputs import RequestOutput
 from nanovllm.preflight import check_model
 from nanovllm.sampling_params import SamplingParams
@@ -87,6 +88,7 @@ class LLMEngine:
         )
         self._start_empty()
         self.steps = self.prompt_tokens = self.generated_tokens = self.cached_tokens = 0
+        self.step_times = StepTimes()
 
     @property
     def max_prompt_len(self) -> int:
@@ -149,6 +151,7 @@ class LLMEngine:
         Raises:
             EngineDeadError: a rank died; this engine cannot be used any more.
         """
+        began = time.perf_counter()
         batch = order_batch(self.scheduler.schedule())
         asked = build_sampling_input(batch, self.model_config.vocab_size)
         work = build_model_input(batch, asked is not None, bool(self.config.lora_adapters)) if batch else None
@@ -173,6 +176,8 @@ class LLMEngine:
         if self.in_flight and (not batch or len(self.in_flight) > self.config.async_scheduling):
             self._sample()
             self._apply(self._read(), finished)
+        if batch:
+            self.step_times.add(time.perf_counter() - began)
         return finished
 
     def _sample(self) -> None:
@@ -346,6 +351,8 @@ class LLMEngine:
             cached_tokens=self.cached_tokens,
             preemptions=self.scheduler.num_preemptions,
             kv_usage=1 - self.block_manager.num_free_blocks / total,
+            step_s=self.step_times.seconds,
+            step_times=tuple(self.step_times.counts),
         )
 
     def exit(self) -> None:
