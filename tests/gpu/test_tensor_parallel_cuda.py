@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams
-from nanovllm.engine.executor import RANK_ENVIRONMENT
 from nanovllm.engine.rank_worker import join_ranks
+from nanovllm.engine.ranks import RANK_ENVIRONMENT
 from nanovllm.kernels.layernorm import add_rms_norm
 from nanovllm.layers.parallel import PULLED_BYTES, SWITCH, TensorParallel
 from tests.gpu.test_engine_cuda import PARAMS, PROMPTS
