@@ -69,7 +69,6 @@ class _Reserved:
     group: PlacementGroup
     made: float = field(default_factory=time.monotonic)
     claimed: bool = False
-    told: bool = False
 
 
 class Groups:
@@ -84,6 +83,7 @@ class Groups:
         self._selectors = selectors
         self._reserved: dict[str, _Reserved] = {}
         self._lock = threading.Lock()
+        self._told = False
         self._over = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="groups", daemon=True)
 
@@ -98,6 +98,8 @@ class Groups:
 
         self._over.set()
         self._keeper.join()
+        if not ray.is_initialized():  # they went with the job; to ask for that would start Ray anew
+            return
         with self._lock:
             for reserved in self._reserved.values():
                 with suppress(ray.exceptions.RayError, ConnectionError):
@@ -155,26 +157,26 @@ class Groups:
         """Thread: look after the groups while the pool lives."""
         import ray
 
-        while not self._over.wait(LOOK_S):
+        while not self._over.wait(LOOK_S) and ray.is_initialized():
             with suppress(ray.exceptions.RayError, ConnectionError, RuntimeError):  # the head is away
                 self.sweep()
                 self._tell()
 
     def _tell(self) -> None:
-        """Say once of a group that it waits."""
+        """Say once that a group waits."""
         from ray.util import placement_group_table
 
         with self._lock:
-            waiting = [r for r in self._reserved.values() if not r.told and time.monotonic() - r.made > TELL_S]
-        for reserved in waiting:
-            if placement_group_table(reserved.group).get("state") == "PENDING":
-                reserved.told = True
-                needs = ", ".join(f"{amount:g} {name}" for name, amount in self.bundles[0].items())
-                print(
-                    f"an engine waits for nodes with room for its {len(self.bundles)} ranks, {needs} each; see `ray status`",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            old = [r.group for r in self._reserved.values() if time.monotonic() - r.made > TELL_S]
+        if self._told or not any(placement_group_table(group).get("state") == "PENDING" for group in old):
+            return
+        self._told = True
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in self.bundles[0].items())
+        print(
+            f"an engine waits for nodes with room for its {len(self.bundles)} ranks, {needs} each; see `ray status`",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _name(group: PlacementGroup) -> str:

@@ -9,6 +9,7 @@ GPU may be waiting for a rank that is gone, and nothing that waits for the GPU w
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import shutil
@@ -131,6 +132,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the engine decides when to end
     if sys.argv[1] == "--connect":
         address, port, rank = sys.argv[2:]
+        _end_with_parent()
         try:
             connection = connect(address, int(port), bytes.fromhex(sys.stdin.readline()), int(rank))
         except (OSError, EOFError, AuthenticationError) as error:
@@ -154,6 +156,12 @@ def main() -> None:
         with suppress(OSError):  # where the engine is gone there is nobody to tell
             connection.send(RankReply(error=line, user_error=user_error))
         _leave(1)
+
+
+def _end_with_parent() -> None:
+    """Let the kernel kill this process with the thread that started it, where it can: also while it is suspended."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _leave(status: int) -> NoReturn:

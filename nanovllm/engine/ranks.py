@@ -243,7 +243,7 @@ def rank_environment(interface: str | None = None) -> dict[str, str]:
 
 
 def start_remote_rank(address: str, port: int, secret: bytes, rank: int) -> subprocess.Popen[bytes]:
-    """Start a rank that connects to its engine's `RankListener`. It ends with the engine, and with this process.
+    """Start a rank that connects to its engine's `RankListener`. It ends with the engine, and with the thread that calls this.
 
     Args:
         address, port, secret: of the listener; rank: which one of the group it is.

@@ -153,7 +153,8 @@ sys.stdin.read()
 """
 
 
-def test_a_rank_ends_with_the_process_that_started_it() -> None:
+@pytest.mark.parametrize("suspended", [False, True])
+def test_a_rank_ends_with_the_process_that_started_it(suspended: bool) -> None:
     """On another machine that is an actor, and what kills it must not leave a rank on its GPU. It may not have its set-up yet."""
     with RankListenerThread() as served:
         listener = served.listener
@@ -165,6 +166,8 @@ def test_a_rank_ends_with_the_process_that_started_it() -> None:
             rank = psutil.Process(int(holder.stdout.readline()))
             assert served.wait() == {1}
             assert not gone(rank)
+            if suspended:
+                rank.suspend()
             holder.kill()
             holder.wait()
             wait_until(lambda: gone(rank), 60)
