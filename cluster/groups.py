@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cluster.placement import Labels, Placement
+from cluster.placement import Labels, Placement, eligible, room
 from nanovllm.engine.ranks import RankEnd, RankHandle, RemoteRanks, rank_end, start_remote_rank
 from nanovllm.errors import EngineDeadError, UserError
 
@@ -136,16 +136,21 @@ class Groups:
                     del self._reserved[name]
 
     def _make(self) -> PlacementGroup:
+        import ray
         from ray.util import remove_placement_group
 
-        if len(self._selectors) < 2:
-            return self._ask(*self._selectors)
-        for selector in self._selectors:
+        if not self._selectors:
+            return self._ask()
+        nodes = ray.nodes()
+        # Those that nodes can satisfy which are there, whoever uses them now; where there are none, one must come.
+        large = [s for s in self._selectors if room(eligible(nodes, [s]), self.bundles[0]) >= len(self.bundles)]
+        choices = large or self._selectors[:1]
+        for selector in choices:
             group = self._ask(selector)
-            if group.wait(FALLBACK_S):
+            if len(choices) == 1 or group.wait(FALLBACK_S):
                 return group
             remove_placement_group(group)
-        return self._ask(self._selectors[0])  # none has room: it waits for the nodes that are wanted most
+        return self._ask(choices[0])
 
     def _ask(self, selector: Labels | None = None) -> PlacementGroup:
         from ray.util import placement_group

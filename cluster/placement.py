@@ -134,3 +134,8 @@ def eligible(nodes: Iterable[Mapping[str, Any]], selectors: Sequence[Labels]) ->
     if not selectors:
         return alive
     return [node for node in alive if any(matches(node.get("Labels", {}), selector) for selector in selectors)]
+
+
+def room(nodes: Iterable[Mapping[str, Any]], bundle: Mapping[str, float]) -> int:
+    """How many such bundles of resources these nodes hold if nobody else uses them."""
+    return sum(min(int(node["Resources"].get(name, 0) // amount) for name, amount in bundle.items()) for node in nodes)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.groups import bundles
-from cluster.placement import Placement, check_selector, eligible, matches, place
+from cluster.placement import Placement, check_selector, eligible, matches, place, room
 from nanovllm import EngineConfig, UserError
 from pipelines.job import build
 
@@ -57,6 +57,13 @@ def test_bundles() -> None:
     assert bundles(Placement(1, 1, 4, True, 4), 0) == [{"GPU": 1}] * 4
     assert bundles(Placement(1, 1, 4, True, 2), 3) == [{"GPU": 2, "CPU": 3}] * 2
     assert bundles(Placement(1, 1, 0, True, 2), 0) == [{"CPU": 1}] * 2
+
+
+def test_room() -> None:
+    nodes = [{"Resources": {"GPU": 3, "CPU": 8}}, {"Resources": {"CPU": 8}}, {"Resources": {"GPU": 8, "CPU": 2}}]
+    assert room(nodes, {"GPU": 1}) == 11
+    assert room(nodes, {"GPU": 1, "CPU": 1}) == 5
+    assert room([], {"CPU": 1}) == 0
 
 
 def test_selectors_take_the_nodes_that_ray_would() -> None:

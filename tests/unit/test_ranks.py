@@ -170,7 +170,11 @@ def test_a_rank_ends_with_the_process_that_started_it(suspended: bool) -> None:
                 rank.suspend()
             holder.kill()
             holder.wait()
-            wait_until(lambda: gone(rank), 60)
+            try:
+                wait_until(lambda: gone(rank), 60)
+            finally:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.kill()
 
 
 class RankListenerThread:
