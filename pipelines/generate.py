@@ -14,9 +14,11 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +28,8 @@ if __name__ == "__main__":  # run as a script: the repository is the root of imp
 import pyarrow as pa
 
 from cluster.address import check_reachable, cluster_address
-from cluster.placement import Placement, local_gpus, place
+from cluster.groups import ActorRanks, actor_options
+from cluster.placement import Placement, eligible, local_gpus, place
 from nanovllm import SamplingParams, UserError
 from pipelines.batch_results import NAME as RESULTS
 from pipelines.batch_results import BatchResults
@@ -258,7 +261,7 @@ def run_job(job: Job, output: OutputDirectory, engine: Callable[..., Engine] | N
     """
     if _ray_address() == "local" and _pending(job, output):
         # The cluster is this machine: what it lacks is refused before a file is written.
-        _place(job.config, local_gpus())
+        _place(job.config, [local_gpus()])
     run = job.config.run
     with StopSignals(FAILED) as stop:
         lease = Lease(output.run, job.config.output, run.lease_s, backoff_s(run.write_retries), stop.interrupt)
@@ -362,15 +365,25 @@ def _ray(stop: StopSignals, quiet: bool) -> Iterator[None]:
         ray.shutdown()
 
 
-def _place(config: JobConfig, gpus: float) -> Placement:
-    return place(config.engine, config.run.replicas, config.run.num_gpus, gpus)
+def _place(config: JobConfig, node_gpus: Sequence[float]) -> Placement:
+    return place(config.engine, config.run.replicas, config.run.num_gpus, node_gpus, config.run.group)
 
 
 def _place_on_cluster(config: JobConfig) -> Placement:
-    """Where the job's engines go on the cluster that Ray is connected to."""
+    """Where the job's engines go on the cluster that Ray is connected to.
+
+    Raises:
+        UserError: it has no place for them, and will not get one.
+    """
     import ray
 
-    return _place(config, ray.cluster_resources().get("GPU", 0))
+    nodes = eligible(ray.nodes(), config.run.selectors)
+    if not nodes:
+        asked = " or ".join(map(str, config.run.selectors))
+        if _ray_address() == "local":
+            raise UserError(f"run.label_selector: this machine has no labels {asked}; leave it out to run here")
+        print(f"no node has labels {asked} yet; engines wait for one", flush=True)
+    return _place(config, [node["Resources"].get("GPU", 0) for node in nodes])
 
 
 def _say(config: JobConfig, line: str) -> None:
@@ -490,6 +503,7 @@ class Run:
         context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
         context.execution_no_progress_timeout_s = -1  # a shard may take hours on a small machine
         nodes = max(1, sum(node["Alive"] for node in ray.nodes()))
+        source = source_of(self._config)
         task = Task(
             self._config.as_dict(),
             self._owner.token if self._owner else "",
@@ -500,25 +514,33 @@ class Run:
             self._job.schema,
             None if self._placement.num_gpus else -(-self._placement.max_actors // nodes),
             self._engine,
-            source_of(self._config),
+            source,
+            ActorRanks(None if source is None else partial(source.fetch, self._config.run.write_retries))
+            if self._placement.spanning
+            else None,
         )
         at_once = 1 if apart else self._config.run.shards_in_flight
-        dataset = stream_shards(pending).map_batches(
-            ShardWorker,
-            fn_constructor_args=(task, board),
-            batch_size=1,
-            num_cpus=self._config.run.num_cpus,
-            num_gpus=self._placement.num_gpus,
-            compute=ActorPoolStrategy(
-                min_size=self._placement.min_actors,
-                max_size=self._placement.max_actors,
-                max_concurrent_calls_per_actor=at_once,
-                max_tasks_in_flight_per_actor=at_once + 1,
-            ),
-        )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-            for text in batch["result"].to_pylist():
-                yield ShardResult(**json.loads(text))
+        run = self._config.run
+        if self._placement.spanning:
+            # They ask for the options of an actor more often than there are actors, and each time would be given a group.
+            context.issue_detectors_config.detectors = []
+            warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
+        with actor_options(self._placement, run.num_cpus, run.label_selector, run.label_fallbacks) as options:
+            dataset = stream_shards(pending).map_batches(
+                ShardWorker,
+                fn_constructor_args=(task, board),
+                batch_size=1,
+                compute=ActorPoolStrategy(
+                    min_size=self._placement.min_actors,
+                    max_size=self._placement.max_actors,
+                    max_concurrent_calls_per_actor=at_once,
+                    max_tasks_in_flight_per_actor=at_once + 1,
+                ),
+                **options,
+            )
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+                for text in batch["result"].to_pylist():
+                    yield ShardResult(**json.loads(text))
 
     def _take(self, result: ShardResult, shard: Shard) -> None:
         """Count a shard that a worker is done with."""

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from cluster.placement import Group, check_selector
 from nanovllm import EngineConfig, SamplingParams, UserError
 from nanovllm.utils.chat import check_template_variables
 from nanovllm.utils.validation import parse, suggest
@@ -126,6 +127,18 @@ def _node_directory(value: Any) -> Any:
     raise ValueError("must be an absolute path, since it is one on every node")
 
 
+def _labels(selector: dict[str, str] | None) -> dict[str, str] | None:
+    if selector is not None:
+        check_selector(selector)
+    return selector
+
+
+def _fallbacks(selectors: list[dict[str, str]]) -> list[dict[str, str]]:
+    for selector in selectors:
+        check_selector(selector)
+    return selectors
+
+
 class RunConfig(_Section):
     """How the job runs. Only `seed` changes its results."""
 
@@ -145,7 +158,25 @@ class RunConfig(_Section):
     num_gpus: float | None = Field(
         default=None, ge=0, description="GPUs of an actor; where not given, tensor_parallel_size on GPUs and 0 on CPUs."
     )
-    num_cpus: float = Field(default=0, ge=0, description="CPUs Ray reserves for an actor.")
+    num_cpus: float = Field(
+        default=0,
+        ge=0,
+        description="CPUs Ray reserves for an actor; where its ranks are on several nodes, for each rank.",
+    )
+    group: Group = Field(
+        default="auto",
+        description="Where the tensor-parallel ranks of an engine may be: on one node, or anywhere in the cluster, on as few nodes as "
+        "have room. auto: on one node where one has GPUs enough for them, else in the cluster.",
+    )
+    label_selector: Annotated[dict[str, str] | None, AfterValidator(_labels)] = Field(
+        default=None,
+        description="Labels of the nodes that engines run on, as Ray has them: {ray.io/accelerator-type: H200}; a value may be !value, "
+        "in(a,b) or !in(a,b).",
+    )
+    label_fallbacks: Annotated[list[dict[str, str]], AfterValidator(_fallbacks)] = Field(
+        default_factory=list,
+        description="Further selectors, tried in this order where no node of label_selector has room.",
+    )
     shard_rows: Annotated[Literal["auto"] | int, BeforeValidator(_shard_rows)] = Field(
         default="auto",
         description="Most rows of a shard, the unit of commit (a quarter more where a row group ends); fewer at the job's "
@@ -187,6 +218,17 @@ class RunConfig(_Section):
     quiet: bool = Field(
         default=False, description="Print nothing but the last line, and errors; the same as the flag --quiet."
     )
+
+    @model_validator(mode="after")
+    def _first_choice(self) -> RunConfig:
+        if self.label_fallbacks and self.label_selector is None:
+            raise ValueError("label_fallbacks need the label_selector that they stand in for")
+        return self
+
+    @property
+    def selectors(self) -> list[dict[str, str]]:
+        """Label selectors in the order they are tried; none: engines run on any node."""
+        return [] if self.label_selector is None else [self.label_selector, *self.label_fallbacks]
 
 
 class JobConfig(_Section):

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import pyarrow as pa
@@ -27,6 +28,7 @@ from ray.actor import ActorHandle
 
 from cluster.draining import node_is_draining
 from nanovllm import EngineConfig, EngineDeadError, RequestOutput, UserError
+from nanovllm.engine.ranks import RankLauncher
 from pipelines.attempts import AttemptLog, Diagnosis, diagnose, groups, spread
 from pipelines.columns import output_columns
 from pipelines.commit import Journal, OutputDirectory, output_schema, read_journal, retrying
@@ -67,6 +69,7 @@ class Task(NamedTuple):
         actors_per_node: how many engines share a node's CPUs; None where engines run on GPUs.
         engine: makes the engine from a model and the options of `EngineConfig`; `AsyncLLM` where None.
         source: from where the node fetches the model; None where it is a directory that every node sees.
+        launcher: makes the engine's ranks; where None they are child processes.
     """
 
     settings: dict[str, Any]
@@ -79,6 +82,7 @@ class Task(NamedTuple):
     actors_per_node: int | None
     engine: Callable[..., Engine] | None = None
     source: Source | None = None
+    launcher: RankLauncher | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,8 @@ class ShardWorker:
             share_cpus(task.actors_per_node, self._config.engine.tensor_parallel_size)
         retries = self._config.run.write_retries
         model = task.source.fetch(retries) if task.source else self._config.model
+        if task.launcher is not None:
+            make = partial(make, launcher=task.launcher)
         self._engine: Engine = make(model, **self._config.engine.model_dump(exclude={"model"}))
         self._requests.attach(self._engine.tokenizer, self._config.model)
         deduplicated = Deduplicated(self._engine) if self._config.run.dedupe else self._engine
