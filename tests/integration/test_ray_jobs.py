@@ -24,6 +24,10 @@ from tests.faults import ACTOR, RANK, kept_rows, named, suspend
 from tests.integration.jobs import REPOSITORY, SLOW, end, journalled_rows, leases, parts, start, wait_for
 from tests.integration.test_predictor import free_ports
 
+pytestmark = pytest.mark.timeout(
+    900
+)  # each command of Ray's is a process that imports Ray, on a machine that tests fill
+
 ROWS = 240
 PATIENCE_S = 240.0
 PACKAGES = ("nanovllm", "pipelines", "cluster")
