@@ -453,7 +453,7 @@ class Run:
         import ray
         from ray.data import ActorPoolStrategy, DataContext
 
-        from pipelines.source import stream_shards
+        from pipelines.source import in_flight, stream_shards
         from pipelines.worker import ShardResult, ShardWorker, Task
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -479,7 +479,8 @@ class Run:
             None if self._placement.num_gpus else -(-self._placement.max_actors // nodes),
             self._engine,
         )
-        at_once = 1 if apart else self._config.run.shards_in_flight
+        least, most = self._placement.min_actors, self._placement.max_actors
+        at_once, given = in_flight(len(pending), least, most, 1 if apart else self._config.run.shards_in_flight)
         dataset = stream_shards(pending).map_batches(
             ShardWorker,
             fn_constructor_args=(task, board),
@@ -490,7 +491,7 @@ class Run:
                 min_size=self._placement.min_actors,
                 max_size=self._placement.max_actors,
                 max_concurrent_calls_per_actor=at_once,
-                max_tasks_in_flight_per_actor=at_once + 1,
+                max_tasks_in_flight_per_actor=given,
             ),
         )
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
