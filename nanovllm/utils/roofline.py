@@ -43,6 +43,8 @@ _DEVICES = (
 
 def find_device(name: str) -> Device | None:
     """The ceilings of a GPU by the name its driver gives it (`NVIDIA A100-SXM4-80GB`); None where they are not known."""
+    if "MIG" in name.split():
+        return None  # a part of it
     return next((device for pattern, device in _DEVICES if re.search(pattern, name)), None)
 
 

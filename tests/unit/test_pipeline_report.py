@@ -217,6 +217,7 @@ def test_the_sums_cost_what_the_steps_cost(tmp_path: Path) -> None:
         ("NVIDIA L40S", "L40S"),
         ("NVIDIA A10G", "A10G"),
         ("NVIDIA L40", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),
         ("", None),
     ],
 )
