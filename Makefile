@@ -15,8 +15,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python pipelines/generate.py --demo
 
 # Three processes for two cores: most of a job's time in the tests is Ray starting. The order of the files is that of their length.
+# What fails among them runs once more with the machine to itself: real clusters that miss a time limit then pass, and a defect fails again.
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not long"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not long" || { \
+	    echo "some tests failed beside others; once more, alone:"; \
+	    $(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not long"; }
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long

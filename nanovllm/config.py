@@ -26,6 +26,9 @@ class EngineConfig(BaseModel):
         0.9, gt=0, le=1, description="Fraction of the GPU's memory this engine may use."
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks that share one copy of the model.")
+    enable_expert_parallel: bool = Field(
+        False, description="Ranks share a mixture's experts, each whole on one rank, not the features of every expert."
+    )
     enforce_eager: bool = Field(False, description="Run without CUDA graphs.")
     kvcache_block_size: int = Field(64, description="Tokens of one KV cache block: a power of two from 16 to 256.")
     async_scheduling: bool = Field(
@@ -41,6 +44,10 @@ class EngineConfig(BaseModel):
     )
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights of the config's shapes.")
     enable_prefix_caching: bool = Field(True, description="Reuse the KV of equal prompt prefixes, block by block.")
+    shared_prefix_attention: bool = Field(
+        False,
+        description="Attend once to what many sequences share, where that saves reading; needs the attention backend triton.",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds requests that bring no seed of their own.")
     reasoning: bool = Field(
         False,
@@ -49,6 +56,10 @@ class EngineConfig(BaseModel):
     )
     quantization: None = Field(None, description="Weight quantization; this version knows none.")
     kv_cache_dtype: Literal["auto"] = Field("auto", description="Type of the KV cache; auto: the model's.")
+    lora_adapters: dict[str, str] = Field(
+        default_factory=dict,
+        description="Low-rank adapters in PEFT's format: name -> directory or hub id. A request names one by `lora_adapter`.",
+    )
     trust_remote_code: bool = Field(False, description="Let the tokenizer run Python code from the model directory.")
 
     @field_validator("kvcache_block_size")

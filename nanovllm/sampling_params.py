@@ -53,6 +53,7 @@ class SamplingParams:
         structured_outputs: a form the output must have; a mapping with one of the keys of `StructuredOutputsParams` will do.
         labels: choose among these texts instead of generating: each is scored as a continuation of the prompt.
         thinking_budget: most tokens between the model's marks of reasoning, after which the closing one is forced.
+        lora_adapter: name of one of the engine's `lora_adapters`, which then changes the model for this request.
     """
 
     temperature: float = 1.0
@@ -79,6 +80,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     labels: Sequence[str] | None = None
     thinking_budget: int | None = None
+    lora_adapter: str | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -117,6 +119,8 @@ class SamplingParams:
         return None
 
     def _list_problem(self) -> str | None:
+        if self.lora_adapter is not None and not isinstance(self.lora_adapter, str):
+            return f"lora_adapter={self.lora_adapter!r}: must be the name of an adapter, or None"
         if self.stop is not None and not isinstance(self.stop, (str, Sequence)):
             return f"stop={self.stop!r}: must be a string or a list of strings"
         if not all(isinstance(s, str) and s for s in self.stop_strings):

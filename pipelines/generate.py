@@ -25,6 +25,7 @@ if __name__ == "__main__":  # run as a script: the repository is the root of imp
 
 import pyarrow as pa
 
+from cluster.address import check_reachable, cluster_address
 from cluster.placement import Placement, local_gpus, place
 from nanovllm import SamplingParams, UserError
 from pipelines.batch_results import NAME as RESULTS
@@ -36,6 +37,8 @@ from pipelines.history import History
 from pipelines.inputs import Dataset, list_dataset, measure, read_rows
 from pipelines.job import Command, JobConfig, load
 from pipelines.lease import Lease, LeaseLost
+from pipelines.metrics import JobMetrics
+from pipelines.models import look, model_name, named, source_of
 from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
 from pipelines.prompts import Rendered
@@ -83,9 +86,12 @@ def main(arguments: Sequence[str] | None = None, engine: Callable[..., Engine] |
     """Run the command line and return its exit status. `engine` as in `run_job`."""
     try:
         command = load(sys.argv[1:] if arguments is None else arguments)
+        address = cluster_address(command.address, os.environ)
         if command.print_config:
             print(command.config.as_yaml(), end="")
             return 0
+        if command.address is not None:
+            os.environ["RAY_ADDRESS"] = address  # for Ray's own processes too
         return _run(command, engine)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -114,6 +120,7 @@ def _run(command: Command, engine: Callable[..., Engine] | None) -> int:
     if job.owner is not None and output.succeeded():
         _say_finished(job)
     else:
+        check_reachable(_ray_address())
         _check_model(job)
         run_job(job, output, engine)
     if command.demo:
@@ -174,8 +181,11 @@ def _check_model(job: Job) -> tuple[Requests, PreTrainedTokenizerBase]:
     from nanovllm.utils.tokenizer import load_tokenizer
 
     config = job.config
-    model = check_model(config.engine)
-    tokenizer = load_tokenizer(config.engine)
+    directory = look(config.model, config.run.model_cache, config.engine.load_format == "auto")
+    engine = config.engine.model_copy(update={"model": str(directory)})
+    with named(config.model, directory):
+        model = check_model(engine)
+        tokenizer = load_tokenizer(engine)
     if tokenizer is None:
         raise UserError(f"model {config.model!r} has no tokenizer; put its tokenizer.json into the directory")
     longest = min(config.engine.max_model_len, model.rope.max_position(model.max_position_embeddings))
@@ -184,7 +194,7 @@ def _check_model(job: Job) -> tuple[Requests, PreTrainedTokenizerBase]:
             f"sampling.max_tokens={config.sampling.max_tokens} leaves no room for a prompt in {longest} tokens, to which "
             f"prompt.too_long={config.prompt.too_long} would cut it; lower it or raise engine.max_model_len"
         )
-    check_sampling(config.engine, config.sampling, model, tokenizer)
+    check_sampling(engine, config.sampling, model, tokenizer)
     requests = Requests(config, job.schema, config.run.seed)
     requests.attach(tokenizer, config.model)
     return requests, tokenizer
@@ -256,7 +266,7 @@ def run_job(job: Job, output: OutputDirectory, engine: Callable[..., Engine] | N
         try:
             lease.acquire()
             for claim in lease.superseded:
-                print(f"taking over from {claim}, which died without releasing the output", flush=True)
+                _say(job.config, f"taking over from {claim}, which died without releasing the output")
             _run_alone(_look_again(job, output), output, lease, stop, engine)
         finally:
             stop.finish()
@@ -286,18 +296,18 @@ def _run_alone(
     pending = _pending(job, output)
     total_rows = sum(shard.rows for shard in job.shards)
     resumed_rows = total_rows - sum(shard.rows for shard in pending)
-    progress = Progress(total_rows, resumed_rows, job.config.run.progress_s)
+    progress = Progress(total_rows, resumed_rows, job.config.run.progress_s, quiet=job.config.run.quiet)
     if not pending:
         Run(job, output, lease, job.owner, None, progress, engine).finish(resumed_rows, total_rows)
         return
     if _ray_address() == "local":
         owner = _take_possession(job, output, lease)
-    with _ray(stop):
+    with _ray(stop, job.config.run.quiet):
         placement = _place_on_cluster(job.config)
         if _ray_address() != "local":
             owner = _take_possession(job, output, lease)
         if resumed_rows:
-            print(f"resuming: {resumed_rows:,} of {total_rows:,} rows are already committed", flush=True)
+            _say(job.config, f"resuming: {resumed_rows:,} of {total_rows:,} rows are already committed")
         run = Run(job, output, lease, owner, placement, progress, engine)
         run.execute(pending, stop)
     run.finish(resumed_rows, total_rows)
@@ -318,8 +328,8 @@ def _ray_address() -> str:
 
 
 @contextmanager
-def _ray(stop: StopSignals) -> Iterator[None]:
-    """Ray for the length of a job.
+def _ray(stop: StopSignals, quiet: bool) -> Iterator[None]:
+    """Ray for the length of a job. `quiet`: what workers print stays in Ray's logs.
 
     Raises:
         UserError: there is no cluster at RAY_ADDRESS.
@@ -329,7 +339,7 @@ def _ray(stop: StopSignals) -> Iterator[None]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": True}
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": not quiet}
     if address == "local":
         options["include_dashboard"] = False
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # `ray job submit` has shipped the working directory already
@@ -338,9 +348,10 @@ def _ray(stop: StopSignals) -> Iterator[None]:
     try:
         try:
             ray.init(address=address, **options)
-        except ConnectionError as error:
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise UserError(
-                f"no Ray cluster at RAY_ADDRESS={address!r}: {_one_line(error)}; unset it to run here"
+                f"no Ray cluster at RAY_ADDRESS={address!r}: {_one_line(error)}; one with token authentication wants RAY_AUTH_MODE=token "
+                "and its token (RAY_AUTH_TOKEN, ~/.ray/auth_token); without an address the job runs here"
             ) from None
         except SystemExit:  # while Ray starts, the handler of SIGTERM is its own
             stop.finish()
@@ -360,6 +371,12 @@ def _place_on_cluster(config: JobConfig) -> Placement:
     import ray
 
     return _place(config, ray.cluster_resources().get("GPU", 0))
+
+
+def _say(config: JobConfig, line: str) -> None:
+    """Tell what nobody needs to know who only waits for the end."""
+    if not config.run.quiet:
+        print(line, flush=True)
 
 
 class Run:
@@ -408,6 +425,7 @@ class Run:
         """
         import ray
 
+        self._metrics = JobMetrics(self._config.output)
         board = ray.remote(ProgressBoard).options(num_cpus=0, max_restarts=-1, max_task_retries=3).remote()
         finished = threading.Event()
         printer = threading.Thread(target=self._print_progress, args=(board, finished), daemon=True)
@@ -420,10 +438,14 @@ class Run:
             for result in self._results_of(pending, board):
                 self._take(result, shards[result.index])
             if self._apart:
-                print(f"engines died; suspect rows of {len(self._apart):,} shards are now tried apart", flush=True)
-                self._history.note("apart", f"suspect rows of {len(self._apart):,} shards are now tried apart")
+                words = f"suspect rows of {len(self._apart):,} shards are now tried apart"
+                _say(self._config, f"engines died; {words}")
+                self._history.note("apart", words)
                 for result in self._results_of(self._apart, board, apart=True):
                     self._take(result, shards[result.index])
+            finished.set()
+            printer.join()
+            self._look(board)
         except JobFailed as error:
             self._history.end("failed", str(error))
             raise
@@ -478,6 +500,7 @@ class Run:
             self._job.schema,
             None if self._placement.num_gpus else -(-self._placement.max_actors // nodes),
             self._engine,
+            source_of(self._config),
         )
         least, most = self._placement.min_actors, self._placement.max_actors
         at_once, given = in_flight(len(pending), least, most, 1 if apart else self._config.run.shards_in_flight)
@@ -522,6 +545,9 @@ class Run:
             self._history.note("failed", f"shard {shard.index} ({where}): {result.reason}")
             return
         self._progress.committed_rows += shard.rows
+        if result.counts is not None:
+            self._progress.committed_errors += result.counts["error_rows"]
+            self._metrics.committed(result.counts)
         self._reused_rows += result.reused_rows
         counts = Counts.from_dict(result.counts or {})
         counts.error_samples = keep_few(self._error_samples, counts.error_samples)  # so that the ledger stays small
@@ -544,11 +570,16 @@ class Run:
     def _print_progress(self, board: ActorHandle[Any], finished: threading.Event) -> None:
         """Thread: sample the board every second."""
         while not finished.wait(1.0):
-            workers = _read_board(board, timeout_s=5) or []
-            self._progress.sample(workers)
+            workers = self._look(board)
             self._watchdog.look(workers)
             self._history.look(workers)
             self._hear_words(board)
+
+    def _look(self, board: ActorHandle[Any]) -> list[tuple[float, WorkerState]]:
+        """Sample the board once, for the lines and for Prometheus; what it says."""
+        workers = _read_board(board, timeout_s=5) or []
+        self._metrics.look(workers, self._progress.sample(workers), self._progress.total_rows)
+        return workers
 
     def _hear_words(self, board: ActorHandle[Any]) -> None:
         """Note what engines said when they died."""
@@ -623,9 +654,10 @@ class Run:
         rate = f", {report['this_start']['generated_tokens'] / seconds:,.0f} tok/s" if seconds else ""
         print(
             f"finished: {counts.rows:,} rows ({counts.error_rows:,} with an error{copies}), {counts.input_tokens:,} tokens in, "
-            f"{counts.generated_tokens:,} out, {duration(seconds)}{rate}"
+            f"{counts.generated_tokens:,} out, {duration(seconds)}{rate}",
+            flush=True,
         )
-        print(f"output   {self._config.output}\nreport   {self._output.run.child('report.html').path}", flush=True)
+        _say(self._config, f"output   {self._config.output}\nreport   {self._output.run.child('report.html').path}")
 
     def _answer(self) -> None:
         """Write the answers to the requests of a batch, where the input is one.
@@ -635,15 +667,14 @@ class Run:
         """
         if self._config.format != "openai_batch":
             return
-        model = self._config.model.rstrip("/").rpartition("/")[2]
-        answers = BatchResults(self._output, self._job.shards, self._job.columns, model)
+        answers = BatchResults(self._output, self._job.shards, self._job.columns, model_name(self._config.model))
         retrying(lambda: self._output.put_top(RESULTS, answers.lines()), self._config.run.write_retries)
         repeated, custom_id = retrying(answers.repeated, self._config.run.write_retries)
         if repeated:
             print(
                 f"warning: {repeated:,} requests have the custom_id of an earlier one, the first of them {custom_id!r}"
             )
-        print(f"answers  {self._output.place.child(RESULTS).path}")
+        _say(self._config, f"answers  {self._output.place.child(RESULTS).path}")
 
     def _confirm(self) -> None:
         """See that the output is this start's, before what only its holder may write.

@@ -6,6 +6,7 @@ Raise `ROW_PATH_VERSION` with every change that gives any row another result: it
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
@@ -28,6 +29,9 @@ ROW_PATH_VERSION = 2
 # Rows tokenized together, in one turn on the tokenizer thread: enough for all cores of a host, and soon enough done that the first
 # rows of a job run at once.
 SUBMIT_ROWS = 64
+# How long the thread that makes rows keeps Python's lock while the engine's waits for it, which gives it away some dozens of times a step.
+# With Python's own 5 ms the engine starves; shorter ones cost the rows little (bench/NOTES.md).
+SWITCH_S = 50e-6
 
 
 class Engine(Protocol):
@@ -66,6 +70,7 @@ class RowPath:
         # Its own thread: rendering and tokenizing must hold up neither the event loop nor the engine. Fast tokenizers free the GIL,
         # and take the texts of a group on all cores.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
 
     async def run(
         self,

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -33,6 +34,8 @@ from pipelines.counts import Counts, count_rows, counted
 from pipelines.dedupe import Copy, Deduplicated
 from pipelines.inputs import Format, read_rows
 from pipelines.job import JobConfig, build
+from pipelines.metrics import EngineMetrics
+from pipelines.models import Source
 from pipelines.plan import SHARD_SCHEMA, Shard
 from pipelines.processes import born
 from pipelines.progress import WorkerState
@@ -63,6 +66,7 @@ class Task(NamedTuple):
         root, format, schema: of the input.
         actors_per_node: how many engines share a node's CPUs; None where engines run on GPUs.
         engine: makes the engine from a model and the options of `EngineConfig`; `AsyncLLM` where None.
+        source: from where the node fetches the model; None where it is a directory that every node sees.
     """
 
     settings: dict[str, Any]
@@ -74,6 +78,7 @@ class Task(NamedTuple):
     schema: pa.Schema
     actors_per_node: int | None
     engine: Callable[..., Engine] | None = None
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ class _Active:
         self.journal = journal
         self.attempt = attempt
         self.finished = finished
+        self.errors = sum(result.error is not None for result in finished.values())
         self.copied = 0
         self._futures: dict[int, Future[RequestOutput]] = {}
 
@@ -129,6 +135,7 @@ class _Active:
     def done(self, position: int, result: RowResult) -> None:
         """Note a row that is finished."""
         self._futures.pop(position, None)
+        self.errors += result.error is not None
         self.finished[position] = result
         self.journal.add(position, result)
 
@@ -173,11 +180,15 @@ class ShardWorker:
             make = AsyncLLM
         if task.actors_per_node is not None:
             share_cpus(task.actors_per_node, self._config.engine.tensor_parallel_size)
-        self._engine: Engine = make(self._config.model, **self._config.engine.model_dump(exclude={"model"}))
+        retries = self._config.run.write_retries
+        model = task.source.fetch(retries) if task.source else self._config.model
+        self._engine: Engine = make(model, **self._config.engine.model_dump(exclude={"model"}))
         self._requests.attach(self._engine.tokenizer, self._config.model)
         deduplicated = Deduplicated(self._engine) if self._config.run.dedupe else self._engine
         self._rows = RowPath(deduplicated, self._config.prompt.too_long)
         self._active: dict[int, _Active] = {}
+        self._metrics = EngineMetrics(self._config.output)
+        self._restarted: bool | None = None
         self._io = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="shard-io")
         self._steps, self._stepped = 0, time.monotonic()
         self._name = f"{socket.gethostname()}:{os.getpid()}"
@@ -245,7 +256,7 @@ class ShardWorker:
         flusher = asyncio.get_running_loop().create_task(self._flush_regularly(active.journal))
         try:
             for position, reason in found.poison.items():
-                active.done(position, failed_row(f"the engine died of this row: {reason}"))
+                self._row_done(active, position, failed_row(f"the engine died of this row: {reason}"))
             await self._generate(active, table, found)
             if len(finished) < shard.rows:
                 await self._off_loop(_try_flush, active.journal)
@@ -259,7 +270,12 @@ class ShardWorker:
             await self._off_loop(active.journal.close)
             await self._off_loop(attempt.close)
             del self._active[shard.index]
+        self._metrics.report(self._engine.stats())  # nobody may wait for the next report where the job ends
         return replace(result("done"), counts=counts.as_dict(), reused_rows=reused, copied_rows=active.copied)
+
+    def _row_done(self, active: _Active, position: int, result: RowResult) -> None:
+        active.done(position, result)
+        self._metrics.row(result)
 
     async def _generate(self, active: _Active, table: pa.Table, found: Diagnosis) -> None:
         """Run the rows that no earlier attempt finished: in company, and suspects only where this pool is there for them.
@@ -292,7 +308,7 @@ class ShardWorker:
                 self._requests,
                 [every[row] for row in rows],
                 seeds,
-                lambda number, result: active.done(rows[number], result),
+                lambda number, result: self._row_done(active, rows[number], result),
                 lambda number, future: active.submitted(rows[number], future),
             )
         except EngineDeadError as error:
@@ -386,7 +402,10 @@ class ShardWorker:
             gpus=self._gpus,
             up_s=round(now - self._began, 2),
             load_s=round(self._load_s, 2),
+            error_rows=sum(active.errors for active in list(self._active.values())),
+            restarted=self._was_restarted(),
         )
+        self._metrics.report(stats)
         try:
             stopping = bool(ray.get(board.report.remote(name, state), timeout=10 * REPORT_S))
         except ray.exceptions.RayError:
@@ -395,6 +414,14 @@ class ShardWorker:
             for active in list(self._active.values()):
                 _try_flush(active.journal)
         return stopping
+
+    def _was_restarted(self) -> bool:
+        """Whether this actor took the place of one that died."""
+        if self._restarted is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # Ray's own, of what it does within
+                self._restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        return self._restarted
 
 
 def _report_regularly(worker: weakref.ref[ShardWorker], board: ActorHandle[Any]) -> None:

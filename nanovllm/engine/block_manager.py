@@ -1,6 +1,6 @@
 """The paged KV cache's bookkeeping: which block belongs to whom, and which holds a prefix that can be reused. No torch.
 
-Full blocks form a tree: a block's parent is the block before it. A block is found by a chained xxhash (parent's hash, own
+Full blocks form a tree: a block's parent is the block before it, and each low-rank adapter has a tree of its own. A block is found by a chained xxhash (parent's hash, own
 tokens) and taken only if its parent and its tokens are the same, so a hash collision costs a miss, never a wrong answer.
 """
 
@@ -63,7 +63,7 @@ class BlockManager:
         if seq.extra is not None and seq.extra.first_scored is not None:
             most = min(most, seq.extra.first_scored)
         matched: list[int] = []
-        node = 0
+        node = seq.prefix_root
         for index in range(most // self.block_size):
             block = self._lookup(self._hash(seq, index), node, self._tokens(seq, index))
             if block is None:
@@ -86,7 +86,7 @@ class BlockManager:
             block.ref_count += 1
         seq.block_table = list(matched)
         seq.num_registered_blocks = len(matched)
-        seq.prefix_node = self.blocks[matched[-1]].node if matched else 0
+        seq.prefix_node = self.blocks[matched[-1]].node if matched else seq.prefix_root
         seq.num_computed_tokens = len(matched) * self.block_size
         if seq.num_cached_tokens < 0:
             seq.num_cached_tokens = seq.num_computed_tokens
@@ -147,7 +147,7 @@ class BlockManager:
     def _hash(self, seq: Sequence, index: int) -> int:
         """Chained hash of block `index`; hashes once computed are kept with the sequence."""
         while len(seq.block_hashes) <= index:
-            parent = seq.block_hashes[-1] if seq.block_hashes else 0
+            parent = seq.block_hashes[-1] if seq.block_hashes else seq.adapter + 1
             tokens = array("q", self._tokens(seq, len(seq.block_hashes)))
             seq.block_hashes.append(xxhash.xxh64_intdigest(tokens.tobytes(), seed=parent))
         return seq.block_hashes[index]

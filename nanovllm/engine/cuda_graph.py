@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from nanovllm.engine.chunk_input import ChunkInput, ChunkShape, ChunkStep, empty_input
+from nanovllm.kernels.sampling import RowMasks
 from nanovllm.utils.transfer import to_device
 
 Outputs = TypeVar("Outputs", bound=tuple[torch.Tensor, ...])
@@ -126,6 +127,78 @@ class DecodeGraphs:
         return tuple(tensor[:count] for tensor in outputs)
 
 
+class MaskedSampling:
+    """Graphs of sampling with masks over the vocabulary, after a step that was launched without its sampling.
+
+    Args:
+        sample: draws tokens [B] from last hidden states [B, H] of the sequences in state slots [B] with tokens in the cache [B], under masks.
+        hidden_size: H; mask_words: words of a mask; dtype: of hidden states.
+        max_num_seqs, padding_slot, pool: as in `DecodeGraphs`.
+    """
+
+    def __init__(
+        self,
+        sample: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, RowMasks], torch.Tensor],
+        hidden_size: int,
+        mask_words: int,
+        dtype: torch.dtype,
+        max_num_seqs: int,
+        padding_slot: int,
+        device: torch.device,
+        pool: tuple[int, int],
+    ) -> None:
+        self.sample = sample
+        self.device = device
+        self.last = torch.zeros(max_num_seqs, hidden_size, dtype=dtype, device=device)
+        self.lens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.masks = RowMasks(
+            torch.zeros(max_num_seqs, mask_words, dtype=torch.int32, device=device),
+            torch.full((max_num_seqs,), -1, dtype=torch.int64, device=device),
+        )
+        self.loaded = np.full(max_num_seqs, -1)
+        self.graphs = DecodeGraphs(self._run, max_num_seqs, padding_slot, device, pool)
+
+    @staticmethod
+    def num_bytes(hidden_size: int, mask_words: int, dtype: torch.dtype, max_num_seqs: int) -> int:
+        """Memory of the inputs that stay."""
+        width: int = dtype.itemsize
+        return max_num_seqs * (hidden_size * width + 4 * mask_words + 16)
+
+    def replay(
+        self,
+        last: torch.Tensor,
+        lens: torch.Tensor,
+        slots: npt.NDArray[np.int64],
+        masks: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.int64],
+    ) -> torch.Tensor:
+        """Sample S sequences; their tokens [S], valid until the next replay on this stream.
+
+        Args:
+            last: [S, H]; lens: [S]; slots: [S] on the host.
+            masks: [m, W] of `rows` [m] among the S.
+        """
+        count = len(slots)
+        size = self.graphs.padded(count)
+        self.last[:count].copy_(last)
+        self.lens[:count].copy_(lens)
+        to_device(masks, self.device, self.masks.bits[: len(masks)])
+        wanted = np.full(size, -1)
+        wanted[rows] = np.arange(len(rows))
+        if not np.array_equal(wanted, self.loaded[:size]):
+            to_device(wanted, self.device, self.masks.index[:size])
+            self.loaded[:size] = wanted
+        (tokens,) = self.graphs.replay(slots)
+        return tokens
+
+    def _run(self, slots: torch.Tensor) -> tuple[torch.Tensor]:
+        count = len(slots)
+        masks = RowMasks(self.masks.bits, self.masks.index[:count])
+        # Nothing may happen to the padding slot, whoever's lengths stand there: all slots are it while a graph is captured.
+        lens = self.lens[:count].masked_fill(slots == self.graphs.padding_slot, 0)
+        return (self.sample(self.last[:count], slots, lens, masks),)
+
+
 def most_chunk_tokens(max_num_batched_tokens: int) -> int:
     """Most chunk tokens of a graph."""
     return min(CHUNK_TOKENS[-1], max_num_batched_tokens)
@@ -179,8 +252,9 @@ class ChunkGraphs:
 
     def replay(
         self, chunks: ChunkStep, shape: ChunkShape, tiles: npt.NDArray[np.int32]
-    ) -> tuple[torch.Tensor, ...] | None:
-        """Run a step of `shape`; what `forward` returns, of the sequences that sample, valid until the next graph of this pool.
+    ) -> tuple[ChunkShape, tuple[torch.Tensor, ...]] | None:
+        """Run a step of `shape`; the size it was padded to, and what `forward` returns, of the sequences that sample, valid until the next
+        graph of this pool.
 
         None: there is no graph for it, nothing was done.
         """
@@ -198,7 +272,7 @@ class ChunkGraphs:
         graph, outputs = self.graphs[padded]
         graph.replay()
         hidden, *of_samples = outputs
-        return hidden, *(tensor[: shape.samples] for tensor in of_samples)
+        return padded, (hidden, *(tensor[: shape.samples] for tensor in of_samples))
 
     def _capture(self, shape: ChunkShape) -> None:
         while len(self.graphs) >= MAX_CHUNK_GRAPHS:

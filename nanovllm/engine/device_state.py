@@ -20,7 +20,7 @@ class DeviceState:
     Attributes (R = max_num_seqs + 1):
         tokens, positions, steps, seeds: [R] int64, views of one table: next token and its position (-1: padding), tokens
             generated so far, seed of the sampling noise.
-        temperatures: [R] float32. block_tables: [R, max_blocks] int32.
+        adapters: [R] int32, -1 for none. temperatures: [R] float32. block_tables: [R, max_blocks] int32.
     """
 
     def __init__(self, max_num_seqs: int, max_blocks: int, block_size: int, device: torch.device) -> None:
@@ -30,6 +30,7 @@ class DeviceState:
         self.tokens, self.positions, self.steps, self.seeds = self.table
         self.positions[self.padding_slot] = -1
         self.temperatures = torch.zeros(max_num_seqs + 1, dtype=torch.float32, device=device)
+        self.adapters = torch.full((max_num_seqs + 1,), -1, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
 
     def update(self, step: ModelInput) -> None:
@@ -38,6 +39,9 @@ class DeviceState:
         if len(step.new_blocks):
             slots, columns, blocks = to_device(step.new_blocks, device)
             self.block_tables[slots, columns] = blocks.int()
+        if step.new_adapters.shape[1]:
+            slots, adapters = to_device(step.new_adapters, device)
+            self.adapters[slots] = adapters.int()
         if len(step.new_temperatures):
             slots, *columns = to_device(step.new_sequences, device)
             self.table[:, slots] = torch.stack(columns)

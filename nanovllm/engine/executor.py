@@ -32,6 +32,7 @@ from nanovllm.engine.row_sampling import SamplingInput
 from nanovllm.engine.step_result import StepCopy, StepResult
 from nanovllm.engine.token_masks import mask_words
 from nanovllm.errors import EngineDeadError, UserError
+from nanovllm.layers.attention import select_backend
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.config import ModelConfig
 
@@ -145,6 +146,15 @@ def create_executor(config: EngineConfig, model_config: ModelConfig, max_model_l
     return MultiprocExecutor(config, model_config, max_model_len)
 
 
+def shared_tile(config: EngineConfig, model_config: ModelConfig) -> int:
+    """Sequences that are attended together to the prefix they share; 0 where that is not done."""
+    if not config.shared_prefix_attention:
+        return 0
+    size = config.tensor_parallel_size
+    group = model_config.num_heads // size // max(1, model_config.num_kv_heads // size)
+    return select_backend(config.attention_backend, resolve_device(config, 0)).shared_tile(group)
+
+
 def choose_num_blocks(config: EngineConfig, most: int) -> int:
     """KV blocks of the pool: what the user asked for, or the `most` there is use and memory for."""
     return most if config.num_kvcache_blocks < 0 else config.num_kvcache_blocks
@@ -157,7 +167,7 @@ class UniprocExecutor(Executor):
         self.runner: ModelRunner | None = ModelRunner(config, model_config, max_model_len, TensorParallel())
         self.num_kvcache_blocks = choose_num_blocks(config, self.runner.max_kvcache_blocks())
         self.summary = self.runner.start(self.num_kvcache_blocks)
-        self.chunk_cost = GRAPHS_CHUNK_COST if self.runner.graphs is not None else 0.0
+        self.chunk_cost = GRAPHS_CHUNK_COST if self.runner.graphs else 0.0
         self._masks = MaskBuffer(model_config.vocab_size, pinned=self.runner.device.type == "cuda")
         self.in_flight: deque[StepCopy] = deque()
 

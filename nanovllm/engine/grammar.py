@@ -9,7 +9,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from operator import itemgetter
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,10 @@ CACHE_SIZE = 512
 STATES_PER_MATCHER = 16
 # A long constant is forced piece by piece.
 MAX_FORCED_TOKENS = 256
+# Sets of tokens that llguidance allows as a whole where a text may go on freely. Its own are of texts of up to 10 and 30 characters: a text
+# that may have only some more had its masks made token by token, 1 ms each instead of 10 us.
+_TEXT = r'[^"\\\x00-\x1F\x7F]'
+_SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{_TEXT}{{1,{most}}}" for most in (*range(1, 11), 30)), f"{_TEXT}+"]
 # JSON as `json.dumps` writes it, and with whitespace of the model's choice.
 _FIXED_WHITESPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ANY_WHITESPACE = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
@@ -76,6 +80,8 @@ class GrammarCompiler:
         allow_only(self._free_words, set(range(len(tokenizer))) - set(self.eos_token_ids))
         self._threads = threads
         self._executor = llguidance.LLExecutor(threads) if threads > 1 else None
+        # Waits for the threads, which need no lock of the interpreter, while its caller goes on.
+        self._filler = ThreadPoolExecutor(1, "masks") if threads > 1 else None
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[object, ...], Grammar | str] = OrderedDict()
 
@@ -95,26 +101,60 @@ class GrammarCompiler:
         made = self._lookup(params)
         return made if isinstance(made, str) else None
 
-    def fill_masks(self, states: Sequence[Constraint], out: NDArray[np.int32]) -> None:
-        """Fill row `i` of `out` ([n or more, W] int32, C-contiguous) with the mask of `states[i]`.
+    def accept_all(self, sampled: Sequence[tuple[Constraint, int]]) -> list[bool]:
+        """`accept` of a token by each of several states, in parallel. Each comes from the state's mask: another would make it a failed one."""
+        if self._executor is None:
+            return [state.accept(token_id) for state, token_id in sampled]
+        fits = [True] * len(sampled)
+        places: list[int] = []
+        jobs: list[tuple[Any, int]] = []
+        for place, (state, token_id) in enumerate(sampled):
+            inner = state.mask_state
+            if inner is None or inner.is_finished or token_id in self.eos_token_ids:
+                fits[place] = state.accept(token_id)
+            else:
+                places.append(place)
+                jobs.append((inner.matcher, token_id))
+        if jobs:
+            for place, fit in zip(places, self._executor.consume_token_par(jobs), strict=True):
+                fits[place] = fit
+        return fits
 
-        With several threads they work in parallel without the GIL; a state must not stand in the list twice.
+    def start_masks(self, states: Sequence[Constraint], out: NDArray[np.int32]) -> Future[None] | None:
+        """Fill row `i` of `out` ([n or more, W] int32, C-contiguous) with the mask of `states[i]`, on other threads.
+
+        A state must not stand in the list twice. Who asks one of them for anything meanwhile waits for all.
+
+        Returns:
+            Done when the masks are; None where they are already.
         """
         if out.dtype != np.int32 or out.ndim != 2 or not out.flags.c_contiguous:
             raise ValueError("masks must be a C-contiguous int32 array [n, W]")
         if out.shape[1] != self.mask_words or out.shape[0] < len(states):
             raise ValueError(f"masks are {out.shape}, must be ({len(states)}, {self.mask_words})")
-        jobs = []
+        jobs: list[tuple[GrammarState, Any, int]] = []
         for row, state in enumerate(states):
             inner = state.mask_state if self._executor is not None else None
             if inner is None:
                 state.fill_mask(out[row])
             else:
-                jobs.append((inner.family, inner.matcher, row))
-        if jobs and self._executor is not None:
-            # Each thread takes neighbours: those that share a lock are side by side.
-            ordered = [job[1:] for job in sorted(jobs, key=itemgetter(0))]
-            self._executor.unsafe_compute_mask_ptr(ordered, out.ctypes.data, self.mask_words * 4, out.shape[0])
+                jobs.append((inner, inner.matcher, row))
+        if not jobs or self._executor is None or self._filler is None:
+            return None
+        # Each thread takes neighbours: those that share a lock are side by side.
+        jobs.sort(key=lambda job: job[0].family)
+        ordered = [job[1:] for job in jobs]
+        address, size, rows = out.ctypes.data, self.mask_words * 4, len(out)
+        filling = self._filler.submit(self._executor.unsafe_compute_mask_ptr, ordered, address, size, rows)
+        for inner, _, _ in jobs:
+            inner.filling = filling
+        return filling
+
+    def fill_masks(self, states: Sequence[Constraint], out: NDArray[np.int32]) -> None:
+        """`start_masks`, to its end."""
+        filling = self.start_masks(states, out)
+        if filling is not None:
+            filling.result()
 
     def _lookup(self, params: StructuredOutputsParams) -> Grammar | str:
         problem = params.problem()
@@ -219,16 +259,25 @@ class GrammarState:
     its state, since it keeps its tokens.
     """
 
-    __slots__ = ("_eos_token_ids", "_free_words", "family", "is_finished", "matcher")
+    __slots__ = ("_eos_token_ids", "_free_words", "_matcher", "family", "filling", "is_finished")
 
     def __init__(
         self, matcher: Any, family: int, eos_token_ids: tuple[int, ...], free_words: NDArray[np.int32]
     ) -> None:
-        self.matcher = matcher
+        self._matcher = matcher
+        self.filling: Future[None] | None = None  # other threads make its mask
         self.family = family  # of states that share a lock
         self._eos_token_ids = eos_token_ids
         self._free_words = free_words
         self.is_finished = False  # an end-of-sequence token was accepted
+
+    @property
+    def matcher(self) -> Any:
+        """llguidance's, when no other thread works with it: it refuses two."""
+        if self.filling is not None:
+            self.filling.result()
+            self.filling = None
+        return self._matcher
 
     @property
     def needs_mask(self) -> bool:
@@ -342,7 +391,7 @@ def _read_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_tok
     if not eos_token_ids:
         raise UserError("structured_outputs needs an end-of-sequence token, and neither model nor tokenizer names one")
     try:
-        return hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids))
+        return hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos_token_ids), slices=_SLICES)
     except Exception as error:  # llguidance's are ValueError and RuntimeError; pyo3 has others
         raise UserError(f"structured_outputs cannot use this tokenizer: {one_line(str(error))}") from None
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence as Sized
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.executor import create_executor
+from nanovllm.engine.executor import create_executor, shared_tile
 from nanovllm.engine.model_input import build_model_input, order_batch
-from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.output_processor import OutputProcessor, Verdict
 from nanovllm.engine.poison import Poison
 from nanovllm.engine.request_maker import Prompt, RequestMaker
 from nanovllm.engine.row_sampling import SamplingInput, build_sampling_input, note_logprobs
 from nanovllm.engine.scheduler import ScheduledSequence, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.engine.stats import EngineStats
+from nanovllm.engine.shared_prefix import PrefixSharing
+from nanovllm.engine.stats import EngineStats, StepTimes
 from nanovllm.outputs import RequestOutput
 from nanovllm.preflight import check_model
 from nanovllm.sampling_params import SamplingParams
@@ -26,14 +32,32 @@ from nanovllm.utils.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from nanovllm.engine.reasoning import Constraint
-
 
 class Flight(NamedTuple):
     """A step that was launched and not read yet. `settled`: ids of sequences whose sampled token does not count."""
 
     batch: list[ScheduledSequence]
     settled: set[int]
+
+
+class Unsampled(NamedTuple):
+    """What the step launched last will sample with, once its masks are `filled` (None: they are).
+
+    Attributes:
+        masked: ids of the sequences that the first of the masks belong to, in their order.
+    """
+
+    asked: SamplingInput
+    masked: list[int]
+    filled: Future[None] | None
+
+
+class Read(NamedTuple):
+    """A token that was read and counts, and where its sequence's constraint has it already, what that says of it."""
+
+    seq: Sequence
+    token_id: int
+    verdict: Verdict | None = None
 
 
 class LLMEngine:
@@ -45,6 +69,10 @@ class LLMEngine:
     Raises:
         UserError: an unknown option, or a model that cannot run; nothing has been loaded then.
     """
+
+    unsampled: Unsampled | None
+    # Whose masks the step had that sampled last, and those masks.
+    masked: tuple[list[int], npt.NDArray[np.int32]]
 
     def __init__(self, model: str, **options: Any) -> None:
         self.config = EngineConfig.create(model, **options)
@@ -60,6 +88,7 @@ class LLMEngine:
         )
         self._start_empty()
         self.steps = self.prompt_tokens = self.generated_tokens = self.cached_tokens = 0
+        self.step_times = StepTimes()
 
     @property
     def max_prompt_len(self) -> int:
@@ -116,37 +145,67 @@ class LLMEngine:
     def step(self) -> list[tuple[Sequence, RequestOutput]]:
         """Launch one step and read the one before (with `async_scheduling` off: this one); the requests that finished.
 
+        A step that has constrained rows is launched before it is known what they may sample: that begins with the next call, so
+        that the host has the time of a whole step for masks, stop rules and the next step's schedule.
+
         Raises:
             EngineDeadError: a rank died; this engine cannot be used any more.
         """
+        began = time.perf_counter()
         batch = order_batch(self.scheduler.schedule())
+        asked = build_sampling_input(batch, self.model_config.vocab_size)
+        work = build_model_input(batch, asked is not None, bool(self.config.lora_adapters)) if batch else None
+        if work is not None and self.sharing is not None:
+            shares, shared = self.sharing.update(batch, work.num_decodes, work.new_blocks)
+            work = work._replace(shares=shares, shared=shared)
+        self._sample()
         finished: list[tuple[Sequence, RequestOutput]] = []
-        if batch:
+        if work is not None:
             self.in_flight.append(Flight(batch, set()))
             if self.poison:
                 self.poison.strike(batch)
-            asked = build_sampling_input(batch, self.model_config.vocab_size)
-            self.executor.launch(build_model_input(batch, asked is not None))
+            self.executor.launch(work)
             if asked is not None:
                 if any(item.samples and item.seq.extra and item.seq.extra.needs_tokens for item in batch):
                     # What may come next depends on the tokens of the step before, which ends now; the device goes on with this one.
-                    while len(self.in_flight) > 1:
-                        finished += self._collect()
-                    asked = self._constrain(asked, finished)
-                self.executor.sample(asked)
+                    self.unsampled = self._constrain(asked, finished)
+                else:
+                    self.executor.sample(asked)
             self.steps += 1
         # Nothing to launch: what is in flight must come first.
         if self.in_flight and (not batch or len(self.in_flight) > self.config.async_scheduling):
-            finished += self._collect()
+            self._sample()
+            self._apply(self._read(), finished)
+        if batch:
+            self.step_times.add(time.perf_counter() - began)
         return finished
 
-    def _constrain(self, asked: SamplingInput, finished: list[tuple[Sequence, RequestOutput]]) -> SamplingInput:
-        """Add to `asked` what the tokens so far rule out in the step launched last, and go on at once where they leave one way."""
+    def _sample(self) -> None:
+        """Let the step sample that waits for its masks, if one does."""
+        if self.unsampled is None:
+            return
+        asked, masked, filled = self.unsampled
+        if filled is not None:
+            filled.result()
+        self.executor.sample(asked)
+        self.unsampled = None
+        self.masked = masked, asked.row_masks
+
+    def _constrain(self, asked: SamplingInput, finished: list[tuple[Sequence, RequestOutput]]) -> Unsampled:
+        """What the step launched last will sample with, from the tokens of the one before; it goes on at once where they leave one way."""
         batch, settled = self.in_flight[-1]
-        forced = self._worthwhile_forced_tokens(batch)
-        masked: list[tuple[Constraint, int]] = []  # of rows that ask for nothing else
-        limited: list[tuple[Constraint, int]] = []
-        bans: list[tuple[int, int]] = []
+        asking = self._ask_for_forced_tokens(batch)
+        reads: list[Read] = []
+        while len(self.in_flight) > 1:
+            reads += self._read()
+        reads = self._accept(reads)
+        ended = {read.seq.seq_id for read in reads if self._surely_ends(read)}
+        forced = self._worthwhile_forced_tokens(batch, asking - ended, {read.seq.seq_id for read in reads})
+        if forced:
+            self._apply(reads, finished)
+            reads = []
+        masked: list[tuple[Sequence, int]] = []  # of rows that ask for nothing else
+        limited: list[tuple[Sequence, int]] = []
         sampling = among_logits = -1
         for seq, _, _, samples in batch:
             sampling += samples
@@ -154,65 +213,118 @@ class LLMEngine:
             if extra is None or not samples or not extra.samples_differently:
                 continue
             among_logits += extra.needs_logits
-            if seq.status is SequenceStatus.FINISHED:
+            if seq.status is SequenceStatus.FINISHED or seq.seq_id in ended:
                 continue
-            constraint = extra.constraint
             if seq.seq_id in forced:
                 settled.add(seq.seq_id)
                 seq.num_pending -= 1
                 seq.on_device = False  # it knows neither the last token nor how many there are
                 for token_id in forced[seq.seq_id]:
-                    if self._append(seq, token_id, finished):
+                    if self._append(Read(seq, token_id), finished):
                         break
-            elif constraint is not None and constraint.needs_mask:
+            elif extra.constraint is not None and extra.constraint.needs_mask:
                 if extra.needs_logits:
-                    limited.append((constraint, among_logits))
+                    limited.append((seq, among_logits))
                 else:
-                    masked.append((constraint, sampling))
-            bans += [(among_logits, token) for token in extra.banned_next(seq.token_ids, seq.num_prompt_tokens)]
+                    masked.append((seq, sampling))
+        constraints = [seq.extra.constraint for seq, _ in masked + limited if seq.extra and seq.extra.constraint]
         # The copies of the step before to the device are done, as its tokens have come back.
-        masks = self.executor.mask_buffer(len(masked) + len(limited))
-        if len(masks):
-            self.requests.grammars.fill_masks([constraint for constraint, _ in masked + limited], masks)
-        return asked.with_grammar(masks, [row for _, row in masked], [row for _, row in limited], bans)
+        masks = self.executor.mask_buffer(len(constraints))
+        filled = self.requests.grammars.start_masks(constraints, masks) if constraints else None
+        self._apply(reads, finished)  # beside the threads that fill them
+        bans: list[tuple[int, int]] = []
+        among_logits = -1
+        for seq, _, _, samples in batch:
+            if seq.extra is not None and samples and seq.extra.needs_logits:
+                among_logits += 1
+                if seq.status is not SequenceStatus.FINISHED:
+                    banned = seq.extra.banned_next(seq.token_ids, seq.num_prompt_tokens)
+                    bans += [(among_logits, token) for token in banned]
+        asked = asked.with_grammar(masks, [row for _, row in masked], [row for _, row in limited], bans)
+        return Unsampled(asked, [seq.seq_id for seq, _ in masked], filled)
 
-    def _worthwhile_forced_tokens(self, batch: list[ScheduledSequence]) -> dict[int, list[int]]:
-        """What the grammars of a batch leave no choice about, by sequence id; nothing where sampling it token by token is faster."""
-        cost = self.executor.chunk_cost
-        # To ask takes the host some microseconds a sequence, and many seldom gain by it at once.
-        if cost and len(batch) > 32 and self.steps % 4:
-            return {}
+    def _ask_for_forced_tokens(self, batch: list[ScheduledSequence]) -> set[int]:
+        """Ids of the sequences whose constraint is asked whether it leaves one way. That takes the host some microseconds each."""
+        if self.executor.chunk_cost and len(batch) > 32:
+            if self.steps % 4:
+                return set()
+            # Those whose last token was the only one its mask had: whoever begins a forced text is found a token later.
+            ids, masks = self.masked
+            words = masks.view(np.uint32)
+            one = np.flatnonzero((words != 0).sum(axis=1, dtype=np.int16) == 1)
+            word = words[one].max(axis=1, initial=0)
+            return {ids[row] for row in one[word & (word - 1) == 0]}
+        return {seq.seq_id for seq, _, _, samples in batch if samples and seq.extra and seq.extra.constraint}
+
+    def _worthwhile_forced_tokens(
+        self, batch: list[ScheduledSequence], asking: set[int], ahead: set[int]
+    ) -> dict[int, list[int]]:
+        """What the constraints of a batch leave no choice about, by id of the sequences `asking`; nothing where sampling it token by token is
+        faster. `ahead`: ids of those whose constraint knows one token more than they do."""
         forced: dict[int, list[int]] = {}
         for seq, _, _, samples in batch:
-            constraint = seq.extra.constraint if seq.extra is not None else None
-            if constraint is None or not samples or seq.status is SequenceStatus.FINISHED:
+            if seq.seq_id not in asking or not samples or seq.status is SequenceStatus.FINISHED:
                 continue
-            if seq.params.logprobs is None:
-                room = seq.max_new_tokens - seq.num_generated_tokens - 1
-                if len(tokens := constraint.forced_tokens()[:room]) > 1:
-                    forced[seq.seq_id] = tokens
+            extra = seq.extra
+            if extra is None or extra.constraint is None or extra.limits_tokens or seq.params.logprobs is not None:
+                continue
+            room = seq.max_new_tokens - seq.num_generated_tokens - 1 - (seq.seq_id in ahead)
+            if len(tokens := extra.constraint.forced_tokens()[:room]) > 1:
+                forced[seq.seq_id] = tokens
         saved = sum(len(tokens) - 1 for tokens in forced.values())
-        return forced if saved >= cost * len(batch) else {}
+        return forced if saved >= self.executor.chunk_cost * len(batch) else {}
 
-    def _collect(self) -> list[tuple[Sequence, RequestOutput]]:
-        """Read the oldest step in flight and apply the stop rules to its tokens."""
+    def _read(self) -> list[Read]:
+        """Read the oldest step in flight: its tokens that count."""
         result = self.executor.collect()
-        finished: list[tuple[Sequence, RequestOutput]] = []
         batch, settled = self.in_flight.popleft()
         note_logprobs(batch, result)
         sampled = [item.seq for item in batch if item.samples]
+        reads: list[Read] = []
         for seq, token_id in zip(sampled, result.tokens, strict=True):
             if seq.seq_id in settled:
                 continue
             seq.num_pending -= 1
             if seq.status is not SequenceStatus.FINISHED:  # else: sampled before it was known that the sequence ends
-                self._append(seq, token_id, finished)
-        return finished
+                reads.append(Read(seq, token_id))
+        return reads
 
-    def _append(self, seq: Sequence, token_id: int, finished: list[tuple[Sequence, RequestOutput]]) -> bool:
-        """Add a token to `seq`; whether that ends it. What is finished with it is added to `finished`."""
+    def _accept(self, reads: list[Read]) -> list[Read]:
+        """Hand the tokens to the constraints of their sequences, to all at once where nothing else can have chosen them."""
+        together = [
+            (seq.extra.constraint, token_id)
+            for seq, token_id, _ in reads
+            if seq.extra is not None and seq.extra.constraint is not None and seq.extra.accepts_together
+        ]
+        fits = iter(self.requests.grammars.accept_all(together) if together else ())
+        accepted: list[Read] = []
+        for read in reads:
+            seq, token_id, _ = read
+            extra = seq.extra
+            constraint = None if extra is None else extra.constraint
+            if extra is not None and constraint is not None:
+                fit = next(fits) if extra.accepts_together else constraint.accept(token_id)
+                read = Read(seq, token_id, Verdict(fit, constraint.is_stopped))
+            accepted.append(read)
+        return accepted
+
+    def _surely_ends(self, read: Read) -> bool:
+        """Whether an accepted token ends its sequence, as far as its constraint and length tell."""
+        seq, _, verdict = read
+        if verdict is None:
+            return False
+        return not verdict.fits or verdict.stopped or seq.num_generated_tokens + 1 >= seq.max_new_tokens
+
+    def _apply(self, reads: list[Read], finished: list[tuple[Sequence, RequestOutput]]) -> None:
+        """Apply the stop rules to the tokens that were read."""
+        for read in reads:
+            self._append(read, finished)
+
+    def _append(self, read: Read, finished: list[tuple[Sequence, RequestOutput]]) -> bool:
+        """Add a token to its sequence; whether that ends it. What is finished with it is added to `finished`."""
+        seq = read.seq
         self.generated_tokens += 1
-        reason = self.output_processor.append(seq, token_id)
+        reason = self.output_processor.append(*read)
         if reason is None:
             return False
         self.scheduler.finish(seq, reason)
@@ -239,6 +351,8 @@ class LLMEngine:
             cached_tokens=self.cached_tokens,
             preemptions=self.scheduler.num_preemptions,
             kv_usage=1 - self.block_manager.num_free_blocks / total,
+            step_s=self.step_times.seconds,
+            step_times=tuple(self.step_times.counts),
         )
 
     def exit(self) -> None:
@@ -253,14 +367,24 @@ class LLMEngine:
         """
         if self.config.tensor_parallel_size > 1:
             self.exit()
+        if self.unsampled is not None and self.unsampled.filled is not None:
+            wait([self.unsampled.filled])  # the next masks go to the same memory
         self.executor.discard()
         self._start_empty()
 
     def _start_empty(self) -> None:
+        self.unsampled = None
+        self.masked = [], np.zeros((0, 1), dtype=np.int32)
         self.block_manager = BlockManager(
             self.executor.num_kvcache_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
         )
         self.in_flight: deque[Flight] = deque()
+        tile = shared_tile(self.config, self.model_config)
+        self.sharing: PrefixSharing | None = None
+        if tile:
+            rows = min(self.config.max_num_seqs, self.config.max_num_batched_tokens)
+            blocks = -(-self.max_model_len // self.config.kvcache_block_size)
+            self.sharing = PrefixSharing(rows, blocks, self.config.kvcache_block_size, tile)
         self.scheduler = Scheduler(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.block_manager)
         self.output_processor = OutputProcessor(
             self.tokenizer, self.model_config.eos_token_ids, self.requests.think_tags

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanovllm.engine.scheduler import ScheduledSequence
+from nanovllm.utils.prefixes import SharedPrefixes
 
 Ints = npt.NDArray[np.int64]
 
@@ -28,6 +29,9 @@ class ModelInput(NamedTuple):
         new_blocks: [3, U] slot, column and block id of block table entries to write first.
         new_sequences: [5, N] slot, token, position, tokens generated before and seed of sequences that begin to sample;
             token and position count only for decodes. new_temperatures: [N] theirs.
+        new_adapters: [2, A] slot and adapter (-1: none) of sequences that begin to run, where the engine has adapters.
+        adapted: some sequence has an adapter.
+        shares: its decodes share prefixes, which are attended once; shared: what they share, where that is not as in the step before.
         extended: a `SamplingInput` follows, without which nothing is sampled.
     """
 
@@ -40,6 +44,10 @@ class ModelInput(NamedTuple):
     new_blocks: Ints
     new_sequences: Ints
     new_temperatures: npt.NDArray[np.float32]
+    new_adapters: Ints = np.zeros((2, 0), dtype=np.int64)
+    adapted: bool = False
+    shares: bool = False
+    shared: SharedPrefixes | None = None
     extended: bool = False
 
 
@@ -53,7 +61,7 @@ def order_batch(batch: list[ScheduledSequence]) -> list[ScheduledSequence]:
     return sorted(batch, key=lambda item: -item.start if is_decode(item) else 1)
 
 
-def build_model_input(batch: list[ScheduledSequence], extended: bool = False) -> ModelInput:
+def build_model_input(batch: list[ScheduledSequence], extended: bool = False, has_adapters: bool = False) -> ModelInput:
     """Flatten an ordered `batch`. Notes in each sequence what the device has been told of it."""
     num_decodes = sum(map(is_decode, batch))
     token_ids: list[int] = []
@@ -62,9 +70,12 @@ def build_model_input(batch: list[ScheduledSequence], extended: bool = False) ->
     new_blocks: list[tuple[int, int, int]] = []
     new_sequences: list[tuple[int, int, int, int, int]] = []
     temperatures: list[float] = []
+    adapters: list[tuple[int, int]] = []
     for item in batch:
         seq = item.seq
         table = seq.block_table
+        if has_adapters and not seq.num_sent_blocks:
+            adapters.append((seq.slot, seq.adapter))
         if len(table) > seq.num_sent_blocks:
             new_blocks += [(seq.slot, column, table[column]) for column in range(seq.num_sent_blocks, len(table))]
             seq.num_sent_blocks = len(table)
@@ -83,5 +94,7 @@ def build_model_input(batch: list[ScheduledSequence], extended: bool = False) ->
         new_blocks=np.array(new_blocks, dtype=np.int64).reshape(-1, 3).T,
         new_sequences=np.array(new_sequences, dtype=np.int64).reshape(-1, 5).T,
         new_temperatures=np.array(temperatures, dtype=np.float32),
+        new_adapters=np.array(adapters, dtype=np.int64).reshape(-1, 2).T,
+        adapted=has_adapters and any(item.seq.adapter >= 0 for item in batch),
         extended=extended,
     )

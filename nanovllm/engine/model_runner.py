@@ -9,26 +9,39 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.chunk_input import ChunkInput, ChunkShape, ChunkStep
-from nanovllm.engine.cuda_graph import MAX_CHUNK_GRAPHS, ChunkGraphs, DecodeGraphs, graph_sizes, most_chunk_tokens
+from nanovllm.engine.cuda_graph import (
+    MAX_CHUNK_GRAPHS,
+    ChunkGraphs,
+    DecodeGraphs,
+    MaskedSampling,
+    graph_sizes,
+    most_chunk_tokens,
+)
 from nanovllm.engine.device_state import DeviceState
 from nanovllm.engine.extended_sampler import ExtendedSampler
 from nanovllm.engine.model_input import ModelInput
 from nanovllm.engine.row_sampling import SamplingInput
 from nanovllm.engine.step_result import StepCopy
+from nanovllm.engine.token_masks import mask_words
 from nanovllm.errors import UserError
 from nanovllm.kernels.sampling import LEAST_KEY, RowMasks
 from nanovllm.layers.attention import Attention, AttentionBatch, select_backend
+from nanovllm.layers.backends.torch_backend import TorchBackend
+from nanovllm.layers.lora import AdapterTokens
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.sampler import sample
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.registry import ARCHITECTURES
+from nanovllm.utils.adapters import load_adapters, read_adapters
 from nanovllm.utils.context import ForwardContext
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.loader import init_dummy, load_model
+from nanovllm.utils.prefixes import Capacity
 from nanovllm.utils.transfer import to_device
 
 # A pool on the CPU is no larger than this: host memory is shared, and prefix reuse gains little beyond it.
@@ -73,12 +86,27 @@ class Forward(NamedTuple):
     Attributes:
         hidden: [T, H] of all tokens; last: [S, H] of those sequences' last ones.
         slots, lens: [S] their state slots, and tokens in the cache.
+        decodes, padding: rows of `hidden` that are decodes, and those after them that are nothing's, as in a padded CUDA graph.
     """
 
     hidden: torch.Tensor
     last: torch.Tensor
     slots: torch.Tensor
     lens: torch.Tensor
+    decodes: int = 0
+    padding: int = 0
+
+    def hidden_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where in `hidden` the tokens of a step are that stand at `rows` of it without padding."""
+        return np.where(rows < self.decodes, rows, rows + self.padding)
+
+
+class StepGraphs(NamedTuple):
+    """CUDA graphs of whole decode steps, and those, made as they are needed, of steps without their sampling: of decodes, and with chunks."""
+
+    whole: DecodeGraphs
+    forward: DecodeGraphs
+    chunks: ChunkGraphs | None
 
 
 class ModelRunner:
@@ -131,18 +159,28 @@ class ModelRunner:
         if config.load_format == "dummy":
             init_dummy(self.model)
         else:
-            load_model(self.model, resolve_model(config.model))
+            load_model(self.model, resolve_model(config.model), model_config.quantization)
+        self.adapter_tokens: AdapterTokens | None = None
+        if config.lora_adapters:
+            with torch.device("meta"):
+                whole = model_class(model_config, TensorParallel(), TorchBackend(1, 1, 1), max_position=1)
+            self.adapter_tokens = AdapterTokens()
+            load_adapters(self.model, read_adapters(config.lora_adapters, whole), tp, self.adapter_tokens)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         blocks = -(-max_model_len // config.kvcache_block_size)
         self.state = DeviceState(self.max_num_seqs, blocks, config.kvcache_block_size, self.device)
         self.keys = torch.full((self.max_num_seqs,), LEAST_KEY, dtype=torch.int64, device=self.device)
-        self.graphs: DecodeGraphs | None = None
-        self.forward_graphs: DecodeGraphs | None = None
-        self.chunk_graphs: ChunkGraphs | None = None
+        # By whether some sequence has a low-rank adapter, and whether decodes share prefixes, so that other steps do nothing for it.
+        self.graphs: dict[tuple[bool, bool], StepGraphs] = {}
+        self.shares = False
+        if config.shared_prefix_attention and self.backend.shared_tile(1):
+            self.backend.enable_sharing(Capacity.of(self.max_num_seqs), self.max_num_seqs + 1)
         self.extended_sampler = ExtendedSampler(
             self.model.lm_head, self.state.temperatures, self.state.seeds, self.state.steps
         )
-        self.waits: Forward | None = None
+        self.masked_sampling: MaskedSampling | None = None
+        self.adapted = False
+        self.waits: tuple[Forward, npt.NDArray[np.int64]] | None = None
 
     @property
     def uses_graphs(self) -> bool:
@@ -198,9 +236,10 @@ class ModelRunner:
         pool = f"{num_blocks} KV blocks of {self.config.kvcache_block_size} tokens ({num_blocks * self.block_bytes >> 20} MiB)"
         parts = [name, dtype, f"attention backend {backend}", pool]
         if self.uses_graphs:
-            self.graphs, self.forward_graphs, self.chunk_graphs = self._make_graphs()
-            took = f"{self.graphs.seconds:.1f} s and {self.graphs.num_bytes >> 20} MiB"
-            parts.append(f"{len(self.graphs.sizes)} CUDA graphs in {took}")
+            whole = self._graphs_of(False, False).whole
+            whole.capture_all()
+            self.masked_sampling = self._make_masked_sampling(whole.pool)
+            parts.append(f"{len(whole.sizes)} CUDA graphs in {whole.seconds:.1f} s and {whole.num_bytes >> 20} MiB")
         else:
             parts.append("no CUDA graphs")
         return ", ".join(parts)
@@ -209,26 +248,34 @@ class ModelRunner:
     def launch(self, step: ModelInput) -> StepCopy | None:
         """Start one step; what it samples, once it is done. None where it is extended: `sample` starts the rest of it."""
         self.state.update(step)
+        self.adapted, self.shares = step.adapted, step.shares
+        if step.shared is not None:
+            self.backend.load_shared(step.shared)
+        graphs = self._graphs_of(step.adapted, step.shares) if self.graphs else None
         decodes = step.num_decodes == len(step.slots)
-        if decodes and self.graphs is not None and not step.extended:
-            return StepCopy(self.graphs.replay(step.slots)[0])
+        if decodes and graphs is not None and not step.extended:
+            return StepCopy(graphs.whole.replay(step.slots)[0])
         if not decodes:
-            forward = self._mixed(step)
-        elif self.forward_graphs is not None:
-            hidden, lens = self.forward_graphs.replay(step.slots)
-            forward = Forward(hidden, hidden, self.forward_graphs.slots[: len(hidden)], lens)
+            forward = self._mixed(step, None if graphs is None else graphs.chunks)
+        elif graphs is not None:
+            hidden, lens = graphs.forward.replay(step.slots)
+            forward = Forward(hidden, hidden, graphs.forward.slots[: len(hidden)], lens)
         else:
             forward = self._decode(to_device(step.slots, self.device), step.context_lens)
         if step.extended:
-            self.waits = forward
+            self.waits = forward, step.slots[step.sample_rows]
             return None
         return StepCopy(self._sample(forward))
 
     @torch.inference_mode()
     def sample(self, asked: SamplingInput) -> StepCopy:
         """Sample the extended step that was launched last; what it samples and reports, once it is done."""
-        forward, self.waits = self.waits, None
-        assert forward is not None, "no step waits for its sampling"
+        assert self.waits is not None, "no step waits for its sampling"
+        (forward, host_slots), self.waits = self.waits, None
+        if self.masked_sampling is not None and asked.asks_only_masks:
+            return StepCopy(
+                self.masked_sampling.replay(forward.last, forward.lens, host_slots, asked.row_masks, asked.masked_rows)
+            )
         slots, keys = forward.slots, self.keys[: len(forward.slots)]
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
         logprobs = None
@@ -239,16 +286,23 @@ class ModelRunner:
             raw = self.extended_sampler.replace_keys(logits, slots, asked, keys)
             self.state.advance(keys, slots, forward.lens, tokens)
             logprobs = self.extended_sampler.sampled(raw, slots, asked, tokens)
-        return StepCopy(tokens, logprobs, self.extended_sampler.score(forward.hidden, asked))
+        scored = asked._replace(score_rows=forward.hidden_rows(asked.score_rows))
+        return StepCopy(tokens, logprobs, self.extended_sampler.score(forward.hidden, scored))
 
     def discard(self) -> None:
         """Forget a step that was cut short between its sampling and the state's advance, or before its sampling."""
         self.keys.fill_(LEAST_KEY)
         self.waits = None
 
-    def _make_graphs(self) -> tuple[DecodeGraphs, DecodeGraphs, ChunkGraphs | None]:
-        """Graphs of whole decode steps, and those, made as they are needed, that leave out the sampling: of decodes, and with chunks."""
+    def _graphs_of(self, adapted: bool, shares: bool) -> StepGraphs:
+        """The graphs of such steps; they are captured while `adapted` and `shares` are a step's."""
+        found = self.graphs.get((adapted, shares))
+        if found is None:
+            first = self.graphs.get((False, False))
+            found = self.graphs[adapted, shares] = self._make_graphs(None if first is None else first.whole.pool)
+        return found
 
+    def _make_graphs(self, pool: tuple[int, int] | None = None) -> StepGraphs:
         def whole(slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return (self._sample(self._decode(slots, None)),)
 
@@ -257,46 +311,72 @@ class ModelRunner:
             return step.hidden, step.lens
 
         count, padding = self.max_num_seqs, self.state.padding_slot
-        graphs = DecodeGraphs(whole, count, padding, self.device)
-        graphs.capture_all()
-        chunk_graphs = None
-        if self.backend.most_tiles(1, 1):
-            chunk_graphs = ChunkGraphs(
-                lambda inputs: self._forward_chunks(inputs, None),
-                self.backend.most_tiles,
-                count,
-                self.config.max_num_batched_tokens,
-                padding,
-                self.device,
-                graphs.pool,
-            )
-        return graphs, DecodeGraphs(forward, count, padding, self.device, graphs.pool), chunk_graphs
+        steps = DecodeGraphs(whole, count, padding, self.device, pool)
+        forwards = DecodeGraphs(forward, count, padding, self.device, steps.pool)
+        return StepGraphs(steps, forwards, self._make_chunk_graphs(steps.pool))
+
+    def _make_chunk_graphs(self, pool: tuple[int, int]) -> ChunkGraphs | None:
+        if not self.backend.most_tiles(1, 1):
+            return None
+        return ChunkGraphs(
+            lambda inputs: self._forward_chunks(inputs, None)[:4],
+            self.backend.most_tiles,
+            self.max_num_seqs,
+            self.config.max_num_batched_tokens,
+            self.state.padding_slot,
+            self.device,
+            pool,
+        )
+
+    def _make_masked_sampling(self, pool: tuple[int, int]) -> MaskedSampling:
+        def sample(last: torch.Tensor, slots: torch.Tensor, lens: torch.Tensor, masks: RowMasks) -> torch.Tensor:
+            return self._sample(Forward(last, last, slots, lens), masks)
+
+        sizes, padding = self._masked_sampling_sizes, self.state.padding_slot
+        return MaskedSampling(sample, *sizes, padding, self.device, pool)
+
+    @property
+    def _masked_sampling_sizes(self) -> tuple[int, int, torch.dtype, int]:
+        config = self.model_config
+        return config.hidden_size, mask_words(config.vocab_size), self.dtype, self.max_num_seqs
 
     def _decode(self, slots: torch.Tensor, host_lens: list[int] | None) -> Forward:
         """One token more of each sequence in `slots` [B]."""
         inputs = self.state.gather_decode(slots)
         batch = AttentionBatch(
-            self.state.block_tables, self.config.kvcache_block_size, slots, inputs.context_lens, host_lens
+            self.state.block_tables,
+            self.config.kvcache_block_size,
+            slots,
+            inputs.context_lens,
+            host_lens,
+            shares=self.shares,
         )
         context = ForwardContext(inputs.slot_mapping, self.backend.plan(batch))
+        self._adapt(slots)
         hidden = self.model(inputs.token_ids, inputs.positions, context)
         return Forward(hidden, hidden, slots, inputs.context_lens)
 
-    def _mixed(self, step: ModelInput) -> Forward:
+    def _adapt(self, slots: torch.Tensor) -> None:
+        """Tell the layers which adapter each token has, from the state slots [T] of their sequences."""
+        if self.adapter_tokens is not None:
+            self.adapter_tokens.index = self.state.adapters[slots] if self.adapted else None
+
+    def _mixed(self, step: ModelInput, graphs: ChunkGraphs | None) -> Forward:
         """A step with prefill chunks, after its decodes if it has any."""
         chunks = ChunkStep.of(step)
         tiles = self.backend.chunk_tiles(chunks.chunk_slots, chunks.chunk_query_lens, chunks.chunk_lens)
         shape = ChunkShape(step.num_decodes, len(step.token_ids), len(tiles), len(chunks.last_rows))
-        if self.chunk_graphs is not None:
-            replayed = self.chunk_graphs.replay(chunks, shape, tiles)
+        if graphs is not None:
+            replayed = graphs.replay(chunks, shape, tiles)
             if replayed is not None:
-                return Forward(*replayed)
+                padded, (hidden, last, slots, lens) = replayed
+                return Forward(hidden, last, slots, lens, shape.decodes, padded.decodes - shape.decodes)
         array = to_device(chunks.pack(shape, tiles, self.state.padding_slot), self.device)
         return self._forward_chunks(ChunkInput.of(array, shape), chunks)
 
     def _forward_chunks(self, inputs: ChunkInput, chunks: ChunkStep | None) -> Forward:
         """Decodes and the chunks after them. `chunks`: what the host knows; None where `inputs` are padded, in a CUDA graph."""
-        token_ids, positions = inputs.token_ids, inputs.positions
+        token_ids, positions, slots = inputs.token_ids, inputs.positions, inputs.token_slots
         if chunks is None:
             padding, positions = positions < 0, positions.clamp(min=0)
             slot_mapping = self.state.cache_slots(inputs.token_slots, positions).masked_fill(padding, -1)
@@ -310,6 +390,7 @@ class ModelRunner:
             decodes.context_lens,
             None if chunks is None else chunks.step.context_lens[: chunks.step.num_decodes],
             chunk_tiles=inputs.tiles if len(inputs.tiles) else None,
+            shares=self.shares,
         )
         if chunks is not None:
             batch = batch._replace(
@@ -319,17 +400,19 @@ class ModelRunner:
             token_ids = torch.cat((decodes.token_ids, token_ids))
             positions = torch.cat((decodes.positions, positions))
             slot_mapping = torch.cat((decodes.slot_mapping, slot_mapping))
+            slots = torch.cat((inputs.decode_slots, slots))
         context = ForwardContext(slot_mapping, self.backend.plan(batch))
+        self._adapt(slots)
         hidden = self.model(token_ids, positions, context)
         return Forward(hidden, hidden[inputs.last_rows], inputs.slots, inputs.lens)
 
-    def _sample(self, forward: Forward) -> torch.Tensor:
+    def _sample(self, forward: Forward, masks: RowMasks | None = None) -> torch.Tensor:
         """The next tokens [S]; the state moves past them."""
         slots = forward.slots
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
         if len(slots):
             keys = self.keys[: len(slots)]
-            self._draw(self.model.compute_logits(forward.last), slots, keys)
+            self._draw(self.model.compute_logits(forward.last), slots, keys, masks)
             self.state.advance(keys, slots, forward.lens, tokens)
         return tokens
 
@@ -350,7 +433,7 @@ class ModelRunner:
 
     def _run(self, step: ModelInput) -> None:
         """Launch a plain step and wait for its end."""
-        copy = self.launch(step)
+        copy = self.launch(step._replace(adapted=self.adapter_tokens is not None))
         assert copy is not None
         copy.result()
 
@@ -385,7 +468,11 @@ class ModelRunner:
             peak = torch.cuda.max_memory_allocated(self.device) - before
             # Only one graph runs at a time, so they share the largest one's memory; each has its own description.
             graphs = 2 * len(graph_sizes(count)) + MAX_CHUNK_GRAPHS
+            graphs *= (1 + bool(self.config.lora_adapters)) * (1 + self.config.shared_prefix_attention)
             graph_bytes = peak * 5 // 4 + graphs * len(self.attention_layers) * GRAPH_LAYER_BYTES
+            # Of masked sampling, whose graphs are no larger than a layer's part of another.
+            graph_bytes += len(graph_sizes(count)) * GRAPH_LAYER_BYTES
+            graph_bytes += MaskedSampling.num_bytes(*self._masked_sampling_sizes)
         self._allocate_kv_cache(0)
         return graph_bytes
 

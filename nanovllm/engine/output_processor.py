@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers.decoders import DecodeStream
 
@@ -45,6 +45,13 @@ class IncrementalDetokenizer:
         return self.text
 
 
+class Verdict(NamedTuple):
+    """What a constraint says of a token: whether it fits, and whether nothing but the end may follow."""
+
+    fits: bool
+    stopped: bool
+
+
 class OutputProcessor:
     """Stop rules in this order: end-of-sequence, stop tokens, stop strings, length.
 
@@ -66,13 +73,13 @@ class OutputProcessor:
         self.detokenizers: dict[int, IncrementalDetokenizer] = {}
         self.token_texts: dict[int, str] = {}
 
-    def append(self, seq: Sequence, token_id: int) -> FinishReason | None:
-        """Add a sampled token to `seq`; why it is finished, or None where it goes on."""
+    def append(self, seq: Sequence, token_id: int, verdict: Verdict | None = None) -> FinishReason | None:
+        """Add a sampled token to `seq`; why it is finished, or None where it goes on. `verdict`: where its constraint has it already."""
         seq.token_ids.append(token_id)
         constraint = seq.extra.constraint if seq.extra is not None else None
         if constraint is not None:
-            fits = constraint.accept(token_id)
-            if (not fits or constraint.is_stopped) and constraint.problem is not None:
+            fits, stopped = verdict or (constraint.accept(token_id), constraint.is_stopped)
+            if (not fits or stopped) and constraint.problem is not None:
                 seq.problem = (
                     f"structured_outputs cannot go on after {seq.num_generated_tokens} tokens: {constraint.problem}"
                 )
@@ -84,7 +91,7 @@ class OutputProcessor:
                 return "error"
         if self._is_stop_token(seq, token_id) or (seq.params.stop and self._stop_string_seen(seq, token_id)):
             return "stop"
-        if constraint is not None and constraint.is_stopped:
+        if constraint is not None and stopped:
             return "stop"
         return "length" if seq.num_generated_tokens >= seq.max_new_tokens else None
 

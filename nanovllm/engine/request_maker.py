@@ -57,6 +57,7 @@ class RequestMaker:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._pool_tokens = num_kvcache_blocks * config.kvcache_block_size
+        self._adapters = sorted(config.lora_adapters)
         self._counter = itertools.count()
         self._lock = threading.Lock()
         self._grammars: GrammarCompiler | None = None
@@ -116,7 +117,7 @@ class RequestMaker:
             token_ids = list(prompt)
         else:
             return error_output(f"the prompt is {prompt!r}; it must be a string or a list of token ids")
-        problem = self._prompt_problem(token_ids) or self._params_problem(params)
+        problem = self._prompt_problem(token_ids) or self._params_problem(params) or self._adapter_problem(params)
         if problem:
             return error_output(problem, len(token_ids))
         try:
@@ -137,7 +138,8 @@ class RequestMaker:
         elif number:
             seed = xxhash.xxh64_intdigest(number.to_bytes(8, "little"), seed=seed) >> 1
         max_new_tokens = min(params.max_tokens, room)
-        return Sequence(seq_id, token_ids, params, max_new_tokens, seed, self._extra(token_ids, params))
+        extra = self._extra(token_ids, params)
+        return Sequence(seq_id, token_ids, params, max_new_tokens, seed, extra, self._adapter(params))
 
     def _extra(self, token_ids: list[int], params: SamplingParams) -> RowSampling | None:
         """What the sampler must know of a sequence; None where there is nothing.
@@ -188,7 +190,7 @@ class RequestMaker:
                 raise UserError(f"with its labels {problem}")
             scored = {len(token_ids) - 1 + depth: ids for depth, ids in asked.items()}
             extra = RowSampling(one_token, self._vocab_size, scored=scored)
-            members.append(Sequence(next(self._counter), whole, one_token, 1, 0, extra))
+            members.append(Sequence(next(self._counter), whole, one_token, 1, 0, extra, self._adapter(params)))
 
         def combine(members: list[Sequence], outputs: list[RequestOutput]) -> RequestOutput:
             found: dict[tuple[Path, int], float] = {}
@@ -272,6 +274,16 @@ class RequestMaker:
         if len(token_ids) > self._pool_tokens:
             return f"the prompt has {len(token_ids)} tokens, the KV cache holds {self._pool_tokens}"
         return None
+
+    def _adapter(self, params: SamplingParams) -> int:
+        return -1 if params.lora_adapter is None else self._adapters.index(params.lora_adapter)
+
+    def _adapter_problem(self, params: SamplingParams) -> str | None:
+        name = params.lora_adapter
+        if name is None or name in self._adapters:
+            return None
+        known = ", ".join(map(repr, self._adapters)) or "none"
+        return f"lora_adapter={name!r}: must be one of the engine's lora_adapters ({known})"
 
     def _params_problem(self, params: SamplingParams) -> str | None:
         if params.stop_strings and self._tokenizer is None:

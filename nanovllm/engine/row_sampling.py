@@ -99,6 +99,16 @@ class RowSampling:
         return self.constraint is not None or bool(self.bad_words)
 
     @property
+    def accepts_together(self) -> bool:
+        """Whether nothing but the mask of a grammar decides which tokens there may be."""
+        return not self.needs_logits and self.constraint is not None and self.constraint.mask_state is not None
+
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether tokens are ruled out, or preferred, whatever the constraint says: its only way on may not be one then."""
+        return bool(self.bad_words or self.early_ids or self.allowed is not None or len(self.bias_ids))
+
+    @property
     def penalizes(self) -> bool:
         """Whether the logits depend on which tokens were there before."""
         p = self.params
@@ -179,6 +189,11 @@ class SamplingInput(NamedTuple):
     score_rows: Ints
     score_pairs: Ints
     num_score_top: int
+
+    @property
+    def asks_only_masks(self) -> bool:
+        """Whether there are masks, and nothing else."""
+        return len(self.masked_rows) > 0 and not len(self.rows) and not len(self.score_rows)
 
     def with_grammar(
         self, masks: Masks, masked_rows: Sequence[int], rows: Sequence[int], bans: Sequence[tuple[int, int]]

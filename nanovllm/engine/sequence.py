@@ -36,12 +36,14 @@ class Sequence:
         num_registered_blocks, prefix_node: how much of the block table the prefix cache knows, and its last node.
         slot: its place in the device's state while it runs, else -1.
         num_sent_blocks, on_device: how much of the block table the device has, and whether it has the sampling state.
+        adapter: which of the engine's low-rank adapters it has, in the order of their names; -1 for none.
         extra: what it asks of the sampler beyond a temperature, or None.
         group: the request it is a part of, where that has several sequences.
         problem: why it ended with "error", where it did so by itself.
     """
 
     __slots__ = (
+        "adapter",
         "block_hashes",
         "block_table",
         "extra",
@@ -73,6 +75,7 @@ class Sequence:
         max_new_tokens: int,
         seed: int,
         extra: RowSampling | None = None,
+        adapter: int = -1,
     ) -> None:
         self.seq_id = seq_id
         self.token_ids = list(token_ids)
@@ -81,6 +84,7 @@ class Sequence:
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.extra = extra
+        self.adapter = adapter
         self.group: RequestGroup | None = None
         self.problem: str | None = None
         self.status = SequenceStatus.WAITING
@@ -96,9 +100,14 @@ class Sequence:
         """Forget what is in the KV cache: before admission, and after preemption."""
         self.num_computed_tokens = 0
         self.num_registered_blocks = 0
-        self.prefix_node = 0
+        self.prefix_node = self.prefix_root
         self.num_sent_blocks = 0
         self.on_device = False
+
+    @property
+    def prefix_root(self) -> int:
+        """What the prefix cache begins with: an adapter's keys and values are its own."""
+        return -1 - self.adapter if self.adapter >= 0 else 0
 
     @property
     def members(self) -> list[Sequence]:

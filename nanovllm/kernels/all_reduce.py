@@ -259,7 +259,10 @@ def _all_reduce_add_rms_norm_kernel(
         tl.store(total_ptr + start + column, total, mask=inside)
         x = total.to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
-        normed = (x * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)
+        normed = x * scale
+        if weight.dtype == dtype:  # else float32, see `rms_norm_torch`
+            normed = normed.to(dtype).to(tl.float32)
+        normed *= weight.to(tl.float32)
         tl.store(normed_ptr + start + column, normed.to(dtype), mask=inside)
 
 

@@ -12,9 +12,12 @@ from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm of `x` [..., H] in float32, rounded to the type of `x`, then times `weight` [H] in that type."""
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, weight.shape, weight, eps)
+    """RMSNorm of `x` [..., H] in float32, rounded to the type of `x`, then times `weight` [H] in that type.
+
+    A `weight` in float32 beside an `x` that is not: rounded after the product only.
+    """
+    if weight.dtype == torch.float32:
+        return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
     return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
 
 
@@ -25,7 +28,7 @@ def add_rms_norm_torch(
 
     Args:
         x: [..., H], or its S partial sums [S, ..., H] in float32; residual: [..., H], None for none (then `x` is whole).
-        weight: [H] of the norm, in the model's type.
+        weight: [H] of the norm, in the model's type or float32.
 
     Returns:
         The sum's norm and the sum, [..., H] each.
@@ -109,5 +112,8 @@ def _add_rms_norm_kernel(
         tl.store(total_ptr + row * size + column, total, mask=inside)
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
-    normed = (x * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)
+    normed = x * scale
+    if weight.dtype == dtype:
+        normed = normed.to(dtype).to(tl.float32)
+    normed *= weight.to(tl.float32)
     tl.store(normed_ptr + row * size + column, normed.to(dtype), mask=inside)

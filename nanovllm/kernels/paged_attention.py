@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 
-def context_slots(block_tables: torch.Tensor, block_size: int, length: int) -> torch.Tensor:
-    """Slots [B, length] of the first `length` tokens of sequences with `block_tables` [B, W]."""
-    positions = torch.arange(length, device=block_tables.device)
+def context_slots(block_tables: torch.Tensor, block_size: int, length: int, start: int = 0) -> torch.Tensor:
+    """Slots [B, length - start] of tokens `start` to `length` of sequences with `block_tables` [B, W]."""
+    positions = torch.arange(start, length, device=block_tables.device)
     return block_tables[:, positions // block_size] * block_size + positions % block_size
 
 
@@ -30,31 +30,69 @@ def paged_decode_torch(
     slots: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """One query token a sequence: `q` [B, Hq, D], `slots` [B, S], `mask` [B, S] true where a slot is in the context -> [B, Hq, D].
 
-    The query heads that share a KV head are packed as the rows of one small matrix, so each key is read once a group.
+    `softcap`: see `softcapped`; 0: none. The query heads that share a KV head are packed as the rows of one small matrix, so each key is read once a group.
     """
     batch, q_heads, dim = q.shape
     kv_heads = k_cache.shape[2]
     k = gather_slots(k_cache, slots).transpose(1, 2)
     v = gather_slots(v_cache, slots).transpose(1, 2)
     attn_mask = None if mask is None else mask[:, None, None, :]
-    out = F.scaled_dot_product_attention(q.view(batch, kv_heads, -1, dim), k, v, attn_mask=attn_mask, scale=scale)
+    q = q.view(batch, kv_heads, -1, dim)
+    if softcap:
+        out = _softcapped_attention(q, k, v, attn_mask, scale, softcap)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, scale=scale)
     return out.reshape(batch, q_heads, dim)
 
 
 def paged_prefill_torch(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
-    """A chunk of one sequence: `q` [C, Hq, D] are the last C of the S tokens at `slots` [S], causal -> [C, Hq, D]."""
+    """A chunk of one sequence: `q` [C, Hq, D] are the last C of the S tokens at `slots` [S], causal -> [C, Hq, D].
+
+    Args:
+        window: tokens a query sees, its own among them; 0: all. softcap: see `softcapped`; 0: none.
+    """
     chunk, context = len(q), len(slots)
     k = gather_slots(k_cache, slots[None]).transpose(1, 2)
     v = gather_slots(v_cache, slots[None]).transpose(1, 2)
     mask = None
-    if chunk != context:
+    if chunk != context or window or softcap:
         mask = torch.ones(chunk, context, dtype=torch.bool, device=q.device).tril(context - chunk)
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
+        if window:
+            mask = mask.triu(context - chunk - window + 1)
+    q = q.transpose(0, 1)[None]
+    if softcap:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        out = _softcapped_attention(q, k, v, mask, scale, softcap)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
     return out[0].transpose(0, 1)
+
+
+def softcapped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Scores kept between -softcap and softcap (Gemma 2): softcap * tanh(x / softcap)."""
+    return torch.tanh(scores / softcap) * softcap
+
+
+def _softcapped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` with a softcap, in float32."""
+    scores = softcapped(q.float() @ k.float().transpose(-1, -2) * scale, softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(-1) @ v.float()).to(q.dtype)

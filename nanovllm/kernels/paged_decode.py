@@ -9,11 +9,14 @@ a layer's attention is one launch. Reference: `paged_attention.paged_decode_torc
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from nanovllm.kernels.triton_compat import tl, triton, use_pdl
+
+if TYPE_CHECKING:
+    from nanovllm.kernels.shared_prefix import SharedBuffers
 
 # How deep the pipeline is that reads the tiles, and the warps of a program (bench/NOTES.md).
 NUM_STAGES = 6
@@ -46,7 +49,7 @@ class DecodeBuffers(NamedTuple):
     Attributes:
         starts: [P + 1] int32: the items of each program; the heads' programs are alike.
         items: [I, 8] int32: sequence, row of the block tables, first token, end, the sequence's first item and how many it has;
-            the last two are not used.
+            with a window the first token that is seen; the last is not used.
         partial_out: [I, Hq, D] float32; partial_lse: [I, Hq] float32, base 2: results of items of split sequences.
         arrived: [B, Hkv] how many items of a sequence are done; 0 between launches.
     """
@@ -72,6 +75,11 @@ def make_decode_buffers(
     )
 
 
+def split_buffers(buffers: DecodeBuffers) -> DecodeBuffers:
+    """Buffers for another split of the same sequences, whose launches take turns with those of `buffers`."""
+    return buffers._replace(starts=torch.zeros_like(buffers.starts), items=torch.zeros_like(buffers.items))
+
+
 def plan_decode(
     slots: torch.Tensor,
     context_lens: torch.Tensor,
@@ -79,6 +87,8 @@ def plan_decode(
     buffers: DecodeBuffers,
     tile: int,
     item_tiles: int = ITEM_TILES,
+    window: int = 0,
+    shared: SharedBuffers | None = None,
 ) -> None:
     """Cut the contexts of `context_lens` [B] tokens, laid end to end, into `programs` equal parts.
 
@@ -88,6 +98,8 @@ def plan_decode(
     Args:
         slots: [B] the row of the block tables of each sequence.
         tile: tokens read at a time, the unit of the cut; item_tiles: what a sequence costs beside its tiles.
+        window: last tokens of a context that are seen, so that tiles before them are left out; 0: all.
+        shared: leading tokens that are left out too, as `attend_shared` attends to them; its `rows` are written. Not with a window.
     """
     batch = len(context_lens)
     _plan_kernel[(1,)](
@@ -95,28 +107,36 @@ def plan_decode(
         context_lens,
         buffers.starts,
         buffers.items,
+        slots if shared is None else shared.skipped,
+        slots if shared is None else shared.rows,
         batch,
         programs,
         TILE=tile,
         MIN_TILES=max(1, MIN_PART_TOKENS // tile),
         ITEM_TILES=item_tiles,
+        WINDOW=window,
+        SHARED=shared is not None,
         BLOCK_B=max(256, triton.next_power_of_2(batch)),  # few variants to compile
         BLOCK_P=256,
         num_warps=4,
     )
 
 
-@triton.jit(do_not_specialize=["batch", "programs"], do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize=["batch", "programs"], do_not_specialize_on_alignment=["slots", "skipped", "row_of"])
 def _plan_kernel(
     slots,
     context_lens,
     starts,
     items,
+    skipped,
+    row_of,
     batch,
     programs,
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,
     ITEM_TILES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -124,7 +144,16 @@ def _plan_kernel(
     live = rows < batch
     lens = tl.load(context_lens + rows, mask=live, other=0).to(tl.int32)
     slot = tl.load(slots + rows, mask=live, other=0).to(tl.int32)
-    tiles = tl.where(live, tl.maximum((lens + TILE - 1) // TILE, 1), 0)
+    if SHARED:
+        skip = tl.load(skipped + slot, mask=live, other=0)
+        tl.store(row_of + slot, rows, mask=live)
+        tiles = (lens - skip + TILE - 1) // TILE
+    else:
+        tiles = (lens + TILE - 1) // TILE
+    if WINDOW:
+        seen = tl.maximum(lens - WINDOW, 0)
+        tiles -= seen // TILE
+    tiles = tl.where(live, tl.maximum(tiles, 1), 0)
     # Each sequence costs `ITEM_TILES` more than its tiles: they stand before them. What lies before it, and in which part it begins.
     cost = tl.where(live, tiles + ITEM_TILES, 0)
     before = tl.cumsum(cost, axis=0) - cost
@@ -144,6 +173,12 @@ def _plan_kernel(
         tl.store(starts + part + j, first + j, mask=here & (begin == (part + j) * part_tiles))
         begin = tl.maximum(begin - before - ITEM_TILES, 0) * TILE
         end = tl.maximum(end - before - ITEM_TILES, 0) * TILE
+        if WINDOW:
+            begin += seen // TILE * TILE
+            end += seen // TILE * TILE
+        if SHARED:
+            begin += skip
+            end += skip
         item = items + (first + j) * 8
         tl.store(item, rows, mask=here)
         tl.store(item + 1, slot, mask=here)
@@ -151,6 +186,8 @@ def _plan_kernel(
         tl.store(item + 3, tl.minimum(end, lens), mask=here)
         tl.store(item + 4, first, mask=here)
         tl.store(item + 5, count, mask=here)
+        if WINDOW:
+            tl.store(item + 6, seen, mask=here)
 
 
 def paged_decode(
@@ -167,6 +204,9 @@ def paged_decode(
     num_stages: int = NUM_STAGES,
     num_warps: int = NUM_WARPS,
     other_kernel_between: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
+    shared: SharedBuffers | None = None,
 ) -> None:
     """Attend one query token a sequence over its whole context, planned by `plan_decode` with the same arguments.
 
@@ -176,6 +216,8 @@ def paged_decode(
         block_tables: [R, W].
         other_kernel_between: another kernel was launched between the plan and this: its end is waited for only after the
             plan has been read.
+        window: as planned; softcap: see `paged_attention.softcapped`, 0: none.
+        shared: as planned; `attend_shared` has attended to those tokens.
     """
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
@@ -191,6 +233,7 @@ def paged_decode(
         out,
         block_tables,
         *buffers,
+        *((q,) * 4 if shared is None else (shared.entries, shared.counts, shared.out, shared.lse)),
         scale * 1.4426950408889634,
         block_tables.stride(0),
         *k_cache.stride()[:3],
@@ -204,6 +247,9 @@ def paged_decode(
         MERGE_G=merge_g,
         MERGE_J=max(2, MERGE_VALUES // (merge_g * block_d)),
         STAGES=num_stages,
+        WINDOWED=window > 0,
+        SHARED=shared is not None,
+        SOFTCAP=softcap * 1.4426950408889634,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         PDL=pdl,
         launch_pdl=pdl,
@@ -223,6 +269,10 @@ def _decode_kernel(
     partial_out,
     partial_lse,
     arrived,
+    entries,
+    entry_counts,
+    shared_out,
+    shared_lse,
     scale_log2,
     stride_table,
     stride_block,
@@ -238,6 +288,9 @@ def _decode_kernel(
     MERGE_G: tl.constexpr,
     MERGE_J: tl.constexpr,
     STAGES: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SHARED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -266,11 +319,15 @@ def _decode_kernel(
         best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_G,), tl.float32)
         acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+        if WINDOWED:
+            seen = tl.load(items + item * 8 + 6)
         # Counted from 0: Triton 3.6 takes a carried value that is only a loop's lower bound for dead.
         for i in tl.range(0, (end - start + TILE - 1) // TILE, num_stages=STAGES):
             n = start + i * TILE
             tokens = n + tl.arange(0, TILE)
             inside = tokens < end
+            if WINDOWED:  # every tile holds at least one token that is seen
+                inside = inside & (tokens >= seen)
             if BLOCK_SIZE >= TILE:  # a tile lies in one block: both begin at multiples of TILE
                 block = tl.load(table + n // BLOCK_SIZE).to(tl.int64)
                 token_offsets = block * stride_block + (tokens % BLOCK_SIZE).to(tl.int64) * stride_token
@@ -281,6 +338,8 @@ def _decode_kernel(
             mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
             k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            if SOFTCAP > 0:
+                scores = softcap_scores(scores, SOFTCAP)
             scores = tl.where(inside[None, :], scores, float("-inf"))
             new_best = tl.maximum(best, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_best[:, None])
@@ -291,6 +350,21 @@ def _decode_kernel(
             best = new_best
 
         q = tl.load(q_ptr + next_row.to(tl.int64) * ROW + out_offsets, mask=out_mask, other=0.0)
+        if SHARED:
+            entry, entry_end = 0, 0
+            if count == 1:
+                entry = tl.load(entries + slot)
+                entry_end = entry + tl.load(entry_counts + slot)
+            for result in range(entry, entry_end):
+                place = tl.cast(result, tl.int64) * NUM_HEADS + heads
+                lse = tl.load(shared_lse + place, mask=group < GROUP, other=0.0)
+                part = tl.load(shared_out + place[:, None] * HEAD_DIM + dim[None, :], mask=out_mask, other=0.0)
+                new_best = tl.maximum(best, lse)
+                weight = tl.exp2(lse - new_best)
+                rescale = tl.exp2(best - new_best)
+                total = total * rescale + weight
+                acc = acc * rescale[:, None] + part * weight[:, None]
+                best = new_best
         acc = acc / tl.where(total == 0, 1.0, total)[:, None]
         row_offset = row.to(tl.int64) * ROW
         if count == 1:
@@ -331,6 +405,22 @@ def _decode_kernel(
                     merged = merged * rescale_of[:, None] + tl.sum(parts * weights_of[:, :, None], axis=0)
                     total_of = total_of * rescale_of + tl.sum(weights_of, axis=0)
                     best_of = new_best_of
+                if SHARED:
+                    entry_of = tl.load(entries + slot)
+                    for result in range(entry_of, entry_of + tl.load(entry_counts + slot)):
+                        place = tl.cast(result, tl.int64) * NUM_HEADS + part_head
+                        lse_of = tl.load(shared_lse + place, mask=head_mask, other=0.0)
+                        part_of = tl.load(
+                            shared_out + place[:, None] * HEAD_DIM + dim[None, :],
+                            mask=head_mask[:, None] & (dim < HEAD_DIM)[None, :],
+                            other=0.0,
+                        )
+                        new_best_of = tl.maximum(best_of, lse_of)
+                        weight_of = tl.exp2(lse_of - new_best_of)
+                        rescale_of = tl.exp2(best_of - new_best_of)
+                        merged = merged * rescale_of[:, None] + part_of * weight_of[:, None]
+                        total_of = total_of * rescale_of + weight_of
+                        best_of = new_best_of
                 merged = merged / tl.where(total_of == 0, 1.0, total_of)[:, None]
                 tl.store(
                     out_ptr + row_offset + part_head[:, None] * HEAD_DIM + dim[None, :],
@@ -345,3 +435,9 @@ def _decode_kernel(
 def _load_item(items, item):
     at = items + item * 8
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
+
+
+@triton.jit
+def softcap_scores(scores, SOFTCAP: tl.constexpr):
+    """SOFTCAP * tanh(scores / SOFTCAP), where both are in units of log2(e): 2.885 is 2 * log2(e)."""
+    return SOFTCAP * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.8853900817779268 / SOFTCAP))))

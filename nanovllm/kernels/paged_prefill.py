@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nanovllm.kernels.paged_decode import softcap_scores
 from nanovllm.kernels.triton_compat import tl, triton
 
 BLOCK_M = 64
@@ -65,6 +66,8 @@ def paged_prefill(
     block_n: int = BLOCK_N,
     num_stages: int = NUM_STAGES,
     num_warps: int = NUM_WARPS,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> None:
     """Attend every token of the chunks in `tiles` to its context.
 
@@ -72,6 +75,7 @@ def paged_prefill(
         q: [T, Hq, D]; out: [T, Hq, D], written at the tiles' rows.
         k_cache, v_cache: [N, P, Hkv, D], any strides with the last dimension contiguous; block_tables: [R, W].
         tiles: [tiles, 4] from `prefill_tiles` with the same `block_m`.
+        window: tokens a query sees, its own among them, 0: all; softcap: see `paged_attention.softcapped`, 0: none.
     """
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
@@ -94,6 +98,8 @@ def paged_prefill(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         STAGES=num_stages,
+        WINDOW=window,
+        SOFTCAP=softcap * 1.4426950408889634,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=num_warps,
     )
@@ -120,6 +126,8 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -139,13 +147,22 @@ def _prefill_kernel(
     q_offsets = ((first_row + token).to(tl.int64) * NUM_HEADS + heads)[:, None] * HEAD_DIM + dim[None, :]
     q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
 
-    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if WINDOW:  # finite: a query may see no key of the first ones read
+        best = tl.full((BLOCK_M,), -1e38, tl.float32)
+    else:
+        best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     context_end = position + length
     # Keys before this are seen by every query of the tile; the rest need the causal mask.
     unmasked_end = (position + 1) // BLOCK_N * BLOCK_N
-    for n in tl.range(0, unmasked_end, BLOCK_N, num_stages=STAGES):
+    unmasked_start, masked_start = 0, unmasked_end
+    if WINDOW:
+        # Only keys from here on are in the window of every query; those before are masked too, from the first query's first key on.
+        unmasked_start = (tl.maximum(context_end - WINDOW, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        unmasked_start = tl.minimum(unmasked_start, unmasked_end)
+        masked_start -= unmasked_start - tl.maximum(position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    for n in tl.range(unmasked_start, unmasked_end, BLOCK_N, num_stages=STAGES):
         tokens = n + tl.arange(0, BLOCK_N)
         if BLOCK_SIZE >= BLOCK_N:
             block = tl.load(table + n // BLOCK_SIZE).to(tl.int64)
@@ -159,8 +176,13 @@ def _prefill_kernel(
         else:
             k = tl.load(k_ptr + offsets, mask=(dim < HEAD_DIM)[None, :], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        new_best = tl.maximum(best, tl.max(scores, axis=1) * scale_log2)
-        weights = tl.exp2(scores * scale_log2 - new_best[:, None])
+        if SOFTCAP > 0:
+            scores = softcap_scores(scores * scale_log2, SOFTCAP)
+            new_best = tl.maximum(best, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_best[:, None])
+        else:
+            new_best = tl.maximum(best, tl.max(scores, axis=1) * scale_log2)
+            weights = tl.exp2(scores * scale_log2 - new_best[:, None])
         rescale = tl.exp2(best - new_best)
         total = total * rescale + tl.sum(weights, axis=1)
         acc = acc * rescale[:, None]
@@ -170,8 +192,10 @@ def _prefill_kernel(
             v = tl.load(v_ptr + offsets, mask=(dim < HEAD_DIM)[None, :], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         best = new_best
-    for n in tl.range(unmasked_end, context_end, BLOCK_N, num_stages=1):
+    for n in tl.range(masked_start, context_end, BLOCK_N, num_stages=1):
         tokens = n + tl.arange(0, BLOCK_N)
+        if WINDOW:  # the blocks at the window's start come first, counted as if they ended where the last ones begin
+            tokens -= tl.where(n < unmasked_end, unmasked_end - unmasked_start, 0)
         inside = tokens < context_end
         block = tl.load(table + tokens // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
         token_offsets = block * stride_block + (tokens % BLOCK_SIZE).to(tl.int64) * stride_token
@@ -179,8 +203,13 @@ def _prefill_kernel(
         mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        # Key 0 is seen by every query, so no row is masked as a whole.
-        scores = tl.where(tokens[None, :] <= q_position[:, None], scores, float("-inf"))
+        if SOFTCAP > 0:
+            scores = softcap_scores(scores, SOFTCAP)
+        # Key 0 is seen by every query, so no row is masked as a whole; with a window `best` is finite.
+        seen = tokens[None, :] <= q_position[:, None]
+        if WINDOW:
+            seen = seen & (tokens[None, :] > q_position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_best[:, None])
         rescale = tl.exp2(best - new_best)

@@ -16,9 +16,11 @@ MAX_HEADS = 16
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate `x` [T, heads, D] by `cos` and `sin` [T, 1, D], whose halves are equal, in the type of `x`."""
+    """Rotate the first R dimensions of `x` [T, heads, D] by `cos` and `sin` [T, 1, R], whose halves are equal, in the type of `x`."""
+    x, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
     low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
+    x = x * cos + torch.cat((-high, low), dim=-1) * sin
+    return torch.cat((x, rest), dim=-1) if rest.shape[-1] else x
 
 
 def qk_norm_rope_store_torch(
@@ -37,7 +39,8 @@ def qk_norm_rope_store_torch(
 
     Args:
         qkv: [T, (Hq + 2 * Hkv) * D].
-        positions: [T]; cos, sin: [max_position, D] in the model's type, both halves equal.
+        positions: [T]; cos, sin: [max_position, R] in the model's type, both halves equal; R is D, or smaller where only the first
+            R dimensions of a head are rotated.
         q_weight, k_weight: [D] of the heads' RMSNorm, None for no norm.
         k_cache, v_cache: [N, P, Hkv, D], any strides with the last dimension contiguous.
         slot_mapping: [T], negative for tokens that are not stored.
@@ -99,6 +102,7 @@ def qk_norm_rope_store(
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
+        ROTARY=cos.shape[1],
         BLOCK_SIZE=block_size,
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
@@ -133,6 +137,7 @@ def _qk_norm_rope_store_kernel(
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -147,8 +152,17 @@ def _qk_norm_rope_store_kernel(
     dim = tl.arange(0, BLOCK_HALF)[None, :]
     # Made before the step's first layer: ready while the projection still runs.
     angle = tl.load(positions + token).to(tl.int64) * stride_cos + dim
-    cos = tl.load(cos_ptr + angle, mask=dim < HALF, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + angle, mask=dim < HALF, other=0.0).to(tl.float32)
+    if ROTARY == HEAD_DIM:
+        low_at = dim
+        high_by = HALF
+        cos = tl.load(cos_ptr + angle, mask=dim < HALF, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle, mask=dim < HALF, other=0.0).to(tl.float32)
+    else:  # what is not rotated takes the places after the pairs that are, half of it on either side, with an angle of 0
+        rotated = dim < ROTARY // 2
+        low_at = dim + tl.where(rotated, 0, ROTARY // 2)
+        high_by = tl.where(rotated, ROTARY // 2, HALF - ROTARY // 2)
+        cos = tl.load(cos_ptr + angle, mask=rotated, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle, mask=rotated, other=0.0).to(tl.float32)
     slot = tl.load(slot_mapping + token).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -157,22 +171,23 @@ def _qk_norm_rope_store_kernel(
     if program < Q_PROGRAMS:
         head = (program * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
         mask = (head < NUM_HEADS) & (dim < HALF)
-        low, high = _norm_rope(row + head * HEAD_DIM + dim, mask, cos, sin, q_weight, eps, dim, HALF)
-        out = q_ptr + token * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + dim
+        source = row + head * HEAD_DIM + low_at
+        low, high = _norm_rope(source, mask, cos, sin, q_weight, eps, low_at, high_by, dim < HALF, HALF)
+        out = q_ptr + token * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + low_at
         tl.store(out, low, mask=mask)
-        tl.store(out + HALF, high, mask=mask)
+        tl.store(out + high_by, high, mask=mask)
     else:
         if slot >= 0:
             block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
             if program < Q_PROGRAMS + KV_PROGRAMS:
                 head = ((program - Q_PROGRAMS) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
                 mask = (head < NUM_KV_HEADS) & (dim < HALF)
-                source = row + (NUM_HEADS + head) * HEAD_DIM + dim
-                low, high = _norm_rope(source, mask, cos, sin, k_weight, eps, dim, HALF)
+                source = row + (NUM_HEADS + head) * HEAD_DIM + low_at
+                low, high = _norm_rope(source, mask, cos, sin, k_weight, eps, low_at, high_by, dim < HALF, HALF)
                 out = k_cache + block * k_stride_block + offset * k_stride_token
-                out += head.to(tl.int64) * k_stride_head + dim
+                out += head.to(tl.int64) * k_stride_head + low_at
                 tl.store(out, low, mask=mask)
-                tl.store(out + HALF, high, mask=mask)
+                tl.store(out + high_by, high, mask=mask)
             else:
                 head = ((program - Q_PROGRAMS - KV_PROGRAMS) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
                 mask = (head < NUM_KV_HEADS) & (dim < HALF)
@@ -184,18 +199,22 @@ def _qk_norm_rope_store_kernel(
 
 
 @triton.jit
-def _norm_rope(source, mask, cos, sin, weight_ptr, eps, dim, HALF: tl.constexpr):
-    """The two halves of each head at `source`, normed (where there is a weight) and rotated."""
+def _norm_rope(source, mask, cos, sin, weight_ptr, eps, low_at, high_by, inside, HALF: tl.constexpr):
+    """The dimensions `low_at` of each head, at `source`, and those `high_by` after them, normed (where there is a weight) and
+    rotated in pairs."""
     low = tl.load(source, mask=mask, other=0.0)
-    high = tl.load(source + HALF, mask=mask, other=0.0)
+    high = tl.load(source + high_by, mask=mask, other=0.0)
     dtype = low.dtype
     low = low.to(tl.float32)
     high = high.to(tl.float32)
     if weight_ptr is not None:
         scale = tl.rsqrt(tl.sum(low * low + high * high, axis=1) / (2 * HALF) + eps)[:, None]
-        low_weight = tl.load(weight_ptr + dim, mask=dim < HALF, other=0.0).to(tl.float32)
-        high_weight = tl.load(weight_ptr + HALF + dim, mask=dim < HALF, other=0.0).to(tl.float32)
-        # Rounded where `rms_norm_torch` rounds.
-        low = ((low * scale).to(dtype).to(tl.float32) * low_weight).to(dtype).to(tl.float32)
-        high = ((high * scale).to(dtype).to(tl.float32) * high_weight).to(dtype).to(tl.float32)
+        low_weight = tl.load(weight_ptr + low_at, mask=inside, other=0.0)
+        high_weight = tl.load(weight_ptr + high_by + low_at, mask=inside, other=0.0)
+        if low_weight.dtype == dtype:  # rounded where `rms_norm_torch` rounds
+            low = ((low * scale).to(dtype).to(tl.float32) * low_weight.to(tl.float32)).to(dtype).to(tl.float32)
+            high = ((high * scale).to(dtype).to(tl.float32) * high_weight.to(tl.float32)).to(dtype).to(tl.float32)
+        else:
+            low = (low * scale * low_weight).to(dtype).to(tl.float32)
+            high = (high * scale * high_weight).to(dtype).to(tl.float32)
     return (low * cos - high * sin).to(dtype), (high * cos + low * sin).to(dtype)

@@ -19,9 +19,24 @@ from torch import nn
 from nanovllm.errors import UserError
 from nanovllm.kernels.triton_compat import HAS_TRITON
 from nanovllm.utils.context import ForwardContext
+from nanovllm.utils.prefixes import Capacity, SharedPrefixes
 
 Ints = npt.NDArray[np.int64]
 NO_CHUNKS = np.zeros(0, dtype=np.int64)
+
+
+class AttentionSpec(NamedTuple):
+    """How a layer attends.
+
+    Attributes:
+        scale: what the products of queries and keys are multiplied by.
+        window: tokens a query sees, the last ones up to its own; 0: all.
+        softcap: a score x becomes softcap * tanh(x / softcap); 0: it stays.
+    """
+
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
 
 
 class AttentionBatch(NamedTuple):
@@ -34,6 +49,7 @@ class AttentionBatch(NamedTuple):
         host_decode_lens: the lengths on the host, the longest first; None where only the device knows them.
         chunk_slots, chunk_query_lens, chunk_lens: [C] on the host, rows of `block_tables`, new tokens, and tokens in the
             cache after this step.
+        shares: decodes share prefixes, as `AttentionBackend.load_shared` was told.
         chunk_tiles: [N, 4] int32 on the device, what `AttentionBackend.chunk_tiles` made of these, for backends that have it.
     """
 
@@ -46,6 +62,7 @@ class AttentionBatch(NamedTuple):
     chunk_query_lens: Ints = NO_CHUNKS
     chunk_lens: Ints = NO_CHUNKS
     chunk_tiles: torch.Tensor | None = None
+    shares: bool = False
 
 
 class AttentionBackend(ABC):
@@ -74,8 +91,13 @@ class AttentionBackend(ABC):
         self.max_num_seqs = max_num_seqs
         self.device = device or torch.device("cpu")
         self.dtype = dtype
-        self.scale = head_dim**-0.5
+        self.windows: list[int] = []
         self.prepare()
+
+    def add_window(self, window: int) -> None:
+        """Announce a layer with this `AttentionSpec.window`: plans are made for every one that there is."""
+        if window not in self.windows:
+            self.windows.append(window)
 
     def check_block_size(self, block_size: int) -> None:  # noqa: B027 - most backends take any
         """Refuse KV blocks the backend cannot read.
@@ -86,6 +108,19 @@ class AttentionBackend(ABC):
 
     def prepare(self) -> None:  # noqa: B027 - most backends need nothing
         """Make what a backend keeps beside its shape."""
+
+    @classmethod
+    def shared_tile(cls, group: int) -> int:
+        """Sequences that are attended together to what they share, where `group` query heads share a KV head; 0: it is not done."""
+        return 0
+
+    def enable_sharing(self, capacity: Capacity, slots: int) -> None:
+        """Make room for what decodes may share, see `load_shared`; `slots` are the rows of the block tables."""
+        raise NotImplementedError
+
+    def load_shared(self, shared: SharedPrefixes) -> None:
+        """What the decodes of the steps from here on share, where `AttentionBatch.shares`."""
+        raise NotImplementedError
 
     def chunk_tiles(self, slots: Ints, query_lens: Ints, lens: Ints) -> npt.NDArray[np.int32]:
         """What the backend must know of a step's chunks: [n, 4], with rows, in the second column, counted from the first chunk's
@@ -101,7 +136,9 @@ class AttentionBackend(ABC):
         """What all layers of a step share; kept in `ForwardContext.attention_plan`. A plan lasts until the next one."""
 
     @abstractmethod
-    def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any, spec: AttentionSpec
+    ) -> torch.Tensor:
         """`q` [T, Hq, D] over the caches [N, P, Hkv, D] -> [T, Hq, D]; decodes' rows first, then the chunks' rows."""
 
 
@@ -146,12 +183,14 @@ def select_backend(name: str, device: torch.device) -> type[AttentionBackend]:
 class Attention(nn.Module):
     """One layer's cache and its use. The runner sets `k_cache` and `v_cache` [N, P, Hkv, D] after sizing the pool."""
 
-    def __init__(self, backend: AttentionBackend) -> None:
+    def __init__(self, backend: AttentionBackend, spec: AttentionSpec) -> None:
         super().__init__()
         self.backend = backend
+        self.spec = spec
+        backend.add_window(spec.window)
         self.k_cache = torch.empty(0)
         self.v_cache = torch.empty(0)
 
     def forward(self, q: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """`q` [T, Hq, D] of the new tokens, whose keys and values are in the cache -> [T, Hq * D]."""
-        return self.backend.attend(q, self.k_cache, self.v_cache, context.attention_plan).flatten(1)
+        return self.backend.attend(q, self.k_cache, self.v_cache, context.attention_plan, self.spec).flatten(1)

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from nanovllm.kernels.skinny_linear import choose_tiles, skinny_linear
-from nanovllm.layers.activation import silu_and_mul
+from nanovllm.layers.activation import gelu_and_mul, silu_and_mul
+from nanovllm.layers.lora import LoraWeights
 from nanovllm.layers.parallel import TensorParallel
 
 
@@ -21,10 +22,14 @@ class ColumnParallelLinear(nn.Module):
     Args:
         in_features: size of the last dimension of the input, unsharded.
         parts: for each fused matrix its name, the output features of this rank and the index of this rank's shard.
+        totals: the unsharded output features of each part, for checkpoints that hold them fused.
     """
 
-    def __init__(self, in_features: int, parts: dict[str, tuple[int, int]], bias: bool) -> None:
+    def __init__(
+        self, in_features: int, parts: dict[str, tuple[int, int]], bias: bool, totals: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
+        self.totals = totals
         self.offsets: dict[str, tuple[int, int, int]] = {}
         start = 0
         for name, (rows, shard_index) in parts.items():
@@ -32,14 +37,25 @@ class ColumnParallelLinear(nn.Module):
             start += rows
         self.weight = _parameter(self.load, start, in_features)
         self.bias = _parameter(self.load, start) if bias else None
+        self.lora: LoraWeights | None = None
 
     def load(self, param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
-        """Copy this rank's rows of checkpoint matrix `part`."""
-        start, rows, shard_index = self.offsets[part or ""]
+        """Copy this rank's rows of checkpoint matrix `part`, or of all of them where `tensor` holds them one after the other."""
+        if part is None:
+            param.data.copy_(self.rows_of_rank(tensor))
+            return
+        start, rows, shard_index = self.offsets[part]
         param.data[start : start + rows].copy_(tensor[shard_index * rows : (shard_index + 1) * rows])
+
+    def rows_of_rank(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of all matrices, of a `tensor` that holds them whole, one after the other."""
+        parts = zip(tensor.split(self.totals), self.offsets.values(), strict=True)
+        return torch.cat([whole[shard * rows : (shard + 1) * rows] for whole, (_, rows, shard) in parts])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] -> [T, sum of this rank's rows]."""
+        if self.lora is not None and self.lora.active:
+            return self.lora.add(x, F.linear(x, self.weight, self.bias))
         tiles = choose_tiles(x, self.weight)
         if tiles is not None:
             return skinny_linear(x, self.weight, tiles, self.bias)
@@ -47,10 +63,26 @@ class ColumnParallelLinear(nn.Module):
 
 
 class GatedColumnParallelLinear(ColumnParallelLinear):
-    """SwiGLU's two projections and their product, `silu(x G^T) * (x U^T)`; `parts` are the gate and up, in that order."""
+    """SwiGLU's two projections and their product, `silu(x G^T) * (x U^T)`; `parts` are the gate and up, in that order.
+
+    Args:
+        activation: "silu", or "gelu_pytorch_tanh" for GeGLU.
+    """
+
+    def __init__(
+        self, in_features: int, features: int, bias: bool, tp: TensorParallel, activation: str = "silu"
+    ) -> None:
+        rows = tp.shard(features)
+        parts = {"gate": (rows, tp.rank), "up": (rows, tp.rank)}
+        super().__init__(in_features, parts, bias, (features, features))
+        self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] -> [T, this rank's rows of one part]."""
+        if self.activation != "silu":
+            return gelu_and_mul(super().forward(x))
+        if self.lora is not None and self.lora.active:
+            return silu_and_mul(super().forward(x))
         tiles = choose_tiles(x, self.weight, gated=True)
         if tiles is not None:
             return skinny_linear(x, self.weight, tiles, self.bias, gated=True)
@@ -65,7 +97,8 @@ def qkv_parallel_linear(
     # With fewer KV heads than ranks, size / num_kv_heads neighbouring ranks hold the same head.
     kv_shard = tp.rank * num_kv_heads // tp.size if num_kv_heads < tp.size else tp.rank
     parts = {"q": (tp.shard(num_heads) * head_dim, tp.rank), "k": (kv_rows, kv_shard), "v": (kv_rows, kv_shard)}
-    return ColumnParallelLinear(hidden_size, parts, bias)
+    totals = num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim
+    return ColumnParallelLinear(hidden_size, parts, bias, totals)
 
 
 class RowParallelLinear(nn.Module):
@@ -81,8 +114,11 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.tp = tp
         self.slot = slot
+        # Whether a rank that is alone may return its sums in parts; no, where no residual addition follows.
+        self.splits = True
         self.weight = _parameter(self.load, out_features, tp.shard(in_features))
         self.bias = _parameter(self.load, out_features) if bias else None
+        self.lora: LoraWeights | None = None
 
     def load(self, param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
         """Copy this rank's columns of the weight; the bias is whole on every rank."""
@@ -94,9 +130,17 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features / size] -> this rank's partial sums [T, out_features], or [S, T, out_features] in float32."""
         bias = self.bias if self.tp.rank == 0 else None
+        if self.lora is not None and self.lora.active:
+            return self.lora.add(x, self._product(x, bias))  # partial sums as well: it is linear
         if self.tp.size == 1:
-            tiles = choose_tiles(x, self.weight, partial=True)
-            return F.linear(x, self.weight, bias) if tiles is None else skinny_linear(x, self.weight, tiles, bias)
+            tiles = choose_tiles(x, self.weight, partial=self.splits)
+            if tiles is not None:
+                return skinny_linear(x, self.weight, tiles, bias)
+        return self._product(x, bias)
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.tp.size == 1:
+            return F.linear(x, self.weight, bias)
         out = self.tp.partial_buffer(self.slot, len(x), len(self.weight), x.dtype)
         if out is None:
             return F.linear(x, self.weight, bias)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021) with linear, Llama 3 and YaRN scaling, precomputed as one table per model."""
+"""Rotary position embedding (Su et al. 2021) with linear, Llama 3, YaRN and LongRoPE scaling, precomputed as one table for all layers that share it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from nanovllm.models.config import RopeConfig
 
 
 class RotaryEmbedding(nn.Module):
-    """A table of cosines and sines, [max_position, head_dim] each, in the model's type; shared by all layers.
+    """A table of cosines and sines, [max_position, R] each, in the model's type; shared by all layers with the same `rope`.
 
-    `kernels.qk_norm_rope` rotates by it.
+    `kernels.qk_norm_rope` rotates by it the first R of a head's dimensions, all of them unless the model says otherwise. Without
+    `rope` the angles are 0.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def __init__(self, rope: RopeConfig, head_dim: int, max_position: int) -> None:
+    def __init__(self, rope: RopeConfig | None, head_dim: int, max_position: int) -> None:
         super().__init__()
         # On the CPU whatever the default device is: the table must not depend on a device's arithmetic.
         with torch.device("cpu"):
-            inv_freq, attention_factor = inverse_frequencies(rope, head_dim)
+            if rope is None:
+                inv_freq, attention_factor = torch.zeros(head_dim // 2), 1.0
+            else:
+                inv_freq, attention_factor = inverse_frequencies(rope, int(head_dim * rope.partial))
             angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inv_freq)
             angles = torch.cat((angles, angles), dim=-1)
             cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
@@ -34,7 +38,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies [head_dim / 2] in float32 and the factor that scales cosines and sines."""
+    """Inverse frequencies [head_dim / 2] in float32 of `head_dim` rotated dimensions, and the factor that scales cosines and sines."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     inv_freq = 1.0 / (rope.theta**exponents)
     if rope.type == "linear":
@@ -43,6 +47,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, 
         return _llama3(inv_freq, rope.scaling), 1.0
     if rope.type == "yarn":
         return _yarn(rope.theta**exponents, rope, head_dim)
+    if rope.type == "longrope":
+        return _longrope(rope.theta**exponents, rope.scaling)
     return inv_freq, 1.0
 
 
@@ -77,6 +83,15 @@ def _yarn(wavelengths: torch.Tensor, rope: RopeConfig, head_dim: int) -> tuple[t
     extrapolate = 1 - ramp
     inv_freq = 1.0 / (factor * wavelengths) * (1 - extrapolate) + 1.0 / wavelengths * extrapolate
     return inv_freq, _yarn_attention_factor(scaling, factor)
+
+
+def _longrope(wavelengths: torch.Tensor, scaling: Mapping[str, Any]) -> tuple[torch.Tensor, float]:
+    """LongRoPE (Ding et al. 2024) up to the length the model was first trained for, see `RopeConfig.max_position`."""
+    original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return 1.0 / (torch.tensor(scaling["short_factor"], dtype=torch.float32) * wavelengths), float(attention_factor)
 
 
 def _yarn_attention_factor(scaling: Mapping[str, Any], factor: float) -> float:

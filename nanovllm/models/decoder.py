@@ -6,25 +6,38 @@ Shapes: T tokens of the step (all sequences, flat), H hidden size, S sequences t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
 from nanovllm.kernels.qk_norm_rope import qk_norm_rope_store, qk_norm_rope_store_torch
 from nanovllm.kernels.triton_compat import use_triton
-from nanovllm.layers.attention import Attention, AttentionBackend
+from nanovllm.layers.attention import Attention, AttentionBackend, AttentionSpec
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GatedColumnParallelLinear, RowParallelLinear, qkv_parallel_linear
+from nanovllm.layers.moe import SparseMoe
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.config import ModelConfig
+from nanovllm.models.config import ModelConfig, RopeConfig
 from nanovllm.utils.context import ForwardContext
 
 
+class AttentionKind(NamedTuple):
+    """Which biases a family's attention has, and whether queries and keys are normalised a head."""
+
+    qkv_bias: bool
+    output_bias: bool
+    qk_norm: bool
+
+
 class SelfAttention(nn.Module):
-    """Grouped-query attention with rotary positions, biases and query/key norms as the family has them."""
+    """Grouped-query attention with rotary positions, biases and query/key norms as the family has them.
+
+    Args:
+        spec: how this layer attends; rotary: its positions; norm_class: of queries and keys.
+    """
 
     def __init__(
         self,
@@ -32,21 +45,22 @@ class SelfAttention(nn.Module):
         tp: TensorParallel,
         backend: AttentionBackend,
         rotary: RotaryEmbedding,
-        *,
-        qkv_bias: bool,
-        output_bias: bool,
-        qk_norm: bool,
+        kind: AttentionKind,
+        spec: AttentionSpec,
+        norm_class: type[RMSNorm] = RMSNorm,
     ) -> None:
         super().__init__()
         self.qkv_proj = qkv_parallel_linear(
-            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, qkv_bias, tp
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, kind.qkv_bias, tp
         )
-        self.o_proj = RowParallelLinear(config.num_heads * config.head_dim, config.hidden_size, output_bias, tp, slot=0)
+        self.o_proj = RowParallelLinear(
+            config.num_heads * config.head_dim, config.hidden_size, kind.output_bias, tp, slot=0
+        )
         self.norm_eps = config.rms_norm_eps
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else None
+        self.q_norm = norm_class(config.head_dim, config.rms_norm_eps) if kind.qk_norm else None
+        self.k_norm = norm_class(config.head_dim, config.rms_norm_eps) if kind.qk_norm else None
         self.rotary = rotary
-        self.attn = Attention(backend)
+        self.attn = Attention(backend, spec)
 
     def forward(self, positions: torch.Tensor, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """[T, H] -> [T, H]."""
@@ -69,13 +83,13 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward block."""
+    """Gated feed-forward block."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
-        rows = tp.shard(config.intermediate_size)
-        parts = {"gate": (rows, tp.rank), "up": (rows, tp.rank)}
-        self.gate_up_proj = GatedColumnParallelLinear(config.hidden_size, parts, config.mlp_bias)
+        self.gate_up_proj = GatedColumnParallelLinear(
+            config.hidden_size, config.intermediate_size, config.mlp_bias, tp, config.activation
+        )
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, config.mlp_bias, tp, slot=1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -87,12 +101,16 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward blocks; the residual travels beside the hidden states."""
 
-    def __init__(self, config: ModelConfig, attention: SelfAttention, tp: TensorParallel) -> None:
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+    # Whether the last block's output is this rank's partial sums, which the next layer's norm or the final one adds up.
+    partial_sums: ClassVar[bool] = True
+
+    def __init__(self, config: ModelConfig, attention: SelfAttention, mlp: nn.Module, tp: TensorParallel) -> None:
         super().__init__()
         self.self_attn = attention
-        self.mlp = MLP(config, tp)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        self.mlp = mlp
+        self.input_layernorm = self.norm_class(config.hidden_size, config.rms_norm_eps, tp)
+        self.post_attention_layernorm = self.norm_class(config.hidden_size, config.rms_norm_eps, tp)
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, context: ForwardContext
@@ -107,15 +125,18 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and final norm."""
 
-    def __init__(self, config: ModelConfig, attentions: list[SelfAttention], tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], norm: RMSNorm, tp: TensorParallel) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
-        self.layers = nn.ModuleList(DecoderLayer(config, attention, tp) for attention in attentions)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        self.embedding_scale = config.embedding_scale
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """[T] token ids and positions -> [T, H]."""
         hidden, residual = self.embed_tokens(token_ids), None
+        if self.embedding_scale != 1.0:
+            hidden = hidden * self.embedding_scale
         for layer in self.layers:
             hidden, residual = layer(positions, hidden, residual, context)
         hidden, _ = self.norm.add_norm(hidden, residual)
@@ -123,7 +144,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module, ABC):
-    """A whole model of one rank. Families subclass it and say which attention they have.
+    """A whole model of one rank. Families subclass it and say which attention they have, and what else is theirs.
 
     Args:
         config: shapes of the unsharded model.
@@ -140,22 +161,50 @@ class CausalLM(nn.Module, ABC):
         "gate_proj": ("gate_up_proj", "gate"),
         "up_proj": ("gate_up_proj", "up"),
     }
+    # The same for an expert's matrices, whose names in the checkpoint end in .experts.NUMBER.NAME.weight.
+    expert_parts: ClassVar[dict[str, tuple[str, str]]] = {
+        "gate_proj": ("gate_up", "gate"),
+        "up_proj": ("gate_up", "up"),
+        "down_proj": ("down", "down"),
+    }
+    # Modules here -> what the checkpoint calls them.
+    renamed: ClassVar[dict[str, str]] = {}
+    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, backend: AttentionBackend, max_position: int) -> None:
         super().__init__()
-        rotary = RotaryEmbedding(config.rope, config.head_dim, max_position)
-        attentions = [self.make_attention(config, tp, backend, rotary) for _ in range(config.num_layers)]
-        self.model = Decoder(config, attentions, tp)
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp)
+        kind, layer_class = self.attention_kind(config), self.layer_class
+        rotaries: list[tuple[RopeConfig | None, RotaryEmbedding]] = []
+        layers = []
+        for index, layer in enumerate(config.layers):
+            rotary = next((rotary for rope, rotary in rotaries if rope == layer.rope), None)
+            if rotary is None:
+                rotary = RotaryEmbedding(layer.rope, config.head_dim, max_position)
+                rotaries.append((layer.rope, rotary))
+            # A window that no sequence outgrows is none.
+            window = layer.window if layer.window < max_position else 0
+            spec = AttentionSpec(config.attention_scale or config.head_dim**-0.5, window, config.attention_softcap)
+            attention = SelfAttention(config, tp, backend, rotary, kind, spec, layer_class.norm_class)
+            layers.append(layer_class(config, attention, self.make_mlp(config, index, tp), tp))
+        norm = layer_class.norm_class(config.hidden_size, config.rms_norm_eps, tp if layer_class.partial_sums else None)
+        self.model = Decoder(config, layers, norm, tp)
+        self.lm_head = ParallelLMHead(
+            config.vocab_size, config.hidden_size, tp, config.logit_scale, config.logit_softcap
+        )
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @staticmethod
     @abstractmethod
-    def make_attention(
-        config: ModelConfig, tp: TensorParallel, backend: AttentionBackend, rotary: RotaryEmbedding
-    ) -> SelfAttention:
-        """One layer's attention as this family has it."""
+    def attention_kind(config: ModelConfig) -> AttentionKind:
+        """The attention this family has."""
+
+    def make_mlp(self, config: ModelConfig, index: int, tp: TensorParallel) -> nn.Module:
+        """The feed-forward block of layer `index`: [T, H] -> [T, H], as partial sums."""
+        if config.layers[index].sparse:
+            assert config.moe is not None
+            return SparseMoe(config.hidden_size, config.moe, tp, slot=1)
+        return MLP(config, tp)
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """[T] token ids and positions -> hidden states [T, H]."""

@@ -1,28 +1,15 @@
-"""Llama 2 and 3.x, and models that use their architecture name."""
+"""Llama 2 and 3.x, and models that use their architecture name: SmolLM 1 and 2, older Mistrals, Yi."""
 
 from __future__ import annotations
 
-from nanovllm.layers.attention import AttentionBackend
-from nanovllm.layers.parallel import TensorParallel
-from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.decoder import CausalLM, SelfAttention
+from nanovllm.models.decoder import AttentionKind, CausalLM
 
 
 class LlamaForCausalLM(CausalLM):
     """Biases only where the config asks for them; Llama 3's rope scaling is in `rotary_embedding`."""
 
     @staticmethod
-    def make_attention(
-        config: ModelConfig, tp: TensorParallel, backend: AttentionBackend, rotary: RotaryEmbedding
-    ) -> SelfAttention:
-        """See `CausalLM.make_attention`."""
-        return SelfAttention(
-            config,
-            tp,
-            backend,
-            rotary,
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_bias,
-            qk_norm=False,
-        )
+    def attention_kind(config: ModelConfig) -> AttentionKind:
+        """See `CausalLM.attention_kind`."""
+        return AttentionKind(qkv_bias=config.attention_bias, output_bias=config.attention_bias, qk_norm=False)

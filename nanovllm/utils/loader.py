@@ -28,8 +28,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from nanovllm.errors import UserError
-from nanovllm.layers.linear import ColumnParallelLinear
+from nanovllm.layers.embed_head import ParallelLMHead
+from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from nanovllm.layers.moe import FusedExperts
 from nanovllm.models.decoder import CausalLM
+from nanovllm.models.quantization import Quantization, WeightScheme
+from nanovllm.utils.dequantize import dequantize
 
 # Readers of one checkpoint: more do not fill a PCIe bus faster.
 MAX_READERS = 8
@@ -108,8 +112,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def check_checkpoint(model_dir: Path, model: CausalLM) -> None:
+def check_checkpoint(model_dir: Path, model: CausalLM, quantization: Quantization | None = None) -> None:
     """Compare the checkpoint's headers with an unsharded `model` (it may be on the meta device).
+
+    Args:
+        quantization: of the checkpoint.
 
     Raises:
         UserError: files or tensors missing, left over, or of another shape.
@@ -117,28 +124,33 @@ def check_checkpoint(model_dir: Path, model: CausalLM) -> None:
     found: dict[str, TensorInfo] = {}
     for file in checkpoint_files(model_dir):
         found.update(read_header(file))
-    expected = _expected_tensors(model)
+    expected, optional = _stored_tensors(model, quantization, model_dir)
     missing = sorted(expected.keys() - found.keys())
     if missing:
         raise UserError(
             f"{model_dir} lacks the tensor {_some(missing)}; download the model again or mend its config.json"
         )
-    extra = sorted(name for name in found.keys() - expected.keys() if not _ignored(name, model))
+    extra = sorted(
+        name for name in found.keys() - expected.keys() - optional if not _ignored(name, model, quantization)
+    )
     if extra:
         raise UserError(
             f"{model_dir} holds the tensor {_some(extra)}, which {type(model).__name__} with this config.json does not "
             "have; config and weights must belong together"
         )
     for name, shape in expected.items():
-        if found[name].shape != shape:
+        if found[name].shape != shape and not (shape == (1,) and found[name].shape == ()):
             raise UserError(
                 f"{model_dir}: tensor {name} has shape {list(found[name].shape)}, config.json asks for {list(shape)}; "
                 "config and weights must belong together"
             )
 
 
-def load_model(model: CausalLM, model_dir: Path) -> LoadReport:
+def load_model(model: CausalLM, model_dir: Path, quantization: Quantization | None = None) -> LoadReport:
     """Fill `model`'s parameters, on whatever device they are, with this rank's shards of the checkpoint in `model_dir`.
+
+    Args:
+        quantization: of the checkpoint; quantised weights become plain ones, of the type that the parameters have.
 
     Raises:
         UserError: files missing or broken. What is in them, `check_checkpoint` has compared before.
@@ -149,16 +161,35 @@ def load_model(model: CausalLM, model_dir: Path) -> LoadReport:
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the parameters were made on another stream than the readers'
     with ExitStack() as stack:
-        jobs = []
+        stored: dict[str, _Stored] = {}
         for file in checkpoint_files(model_dir):
             header = read_header(file)
             tensors = _open(file, stack)
             for name, info in header.items():
-                if not _ignored(name, model):
-                    target, part = _parameter_name(name, model)
-                    jobs.append(_Job(tensors, name, info.nbytes, params[target], part))
+                if not _ignored(name, model, quantization):
+                    stored[name] = _Stored(tensors, name, info.nbytes)
+        schemes = _schemes(model, quantization)
+        jobs = []
+        for name, tensor in stored.items():
+            layer, _, kind = name.rpartition(".")
+            scheme = None if kind == "bias" else schemes.get(layer)
+            if scheme is not None and kind != scheme.main:
+                continue  # read with the numbers it belongs to
+            target, part = _parameter_name(name if scheme is None else f"{layer}.weight", model)
+            module = model.get_submodule(target.rpartition(".")[0])
+            if isinstance(module, FusedExperts) and not module.holds(part):
+                continue
+            if scheme is None:
+                jobs.append(_Job([tensor], params[target], part))
+                continue
+            parts = [stored[f"{layer}.{own}"] for own in scheme.names if f"{layer}.{own}" in stored]
+            if isinstance(module, FusedExperts):
+                columns = module.part_shape(part)[1]
+            else:
+                columns = params[target].shape[1] * (module.tp.size if isinstance(module, RowParallelLinear) else 1)
+            jobs.append(_Job(parts, params[target], part, scheme, columns))
         # The largest first, so that no reader is left alone with one at the end.
-        todo = deque(sorted(jobs, key=lambda job: job.nbytes, reverse=True))
+        todo = deque(sorted(jobs, key=lambda job: sum(tensor.nbytes for tensor in job.stored), reverse=True))
         readers = _num_readers(device)
         with ThreadPoolExecutor(readers, thread_name_prefix="nanovllm-load") as pool:
             try:
@@ -183,14 +214,34 @@ def init_dummy(model: nn.Module, seed: int = 0) -> None:
             param.data.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-class _Job(NamedTuple):
-    """One tensor to read: from where, and into which parameter (`part` of it, where it is fused)."""
+class _Stored(NamedTuple):
+    """One tensor of the checkpoint."""
 
     tensors: Any  # safe_open's handle, which threads may share
     name: str
     nbytes: int
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in mapped memory."""
+        tensor: torch.Tensor = self.tensors.get_tensor(self.name)
+        return tensor
+
+
+class _Job(NamedTuple):
+    """What to read into one parameter (`part` of it, where it is fused): a tensor, or those of a quantised weight of `columns` columns."""
+
+    stored: list[_Stored]
     param: nn.Parameter
     part: str | None
+    scheme: WeightScheme | None = None
+    columns: int = 0
+
+    def read(self) -> torch.Tensor:
+        """What the checkpoint has for the parameter, unsharded."""
+        if self.scheme is None:
+            return self.stored[0].read()
+        parts = {stored.name.rpartition(".")[2]: stored.read().to(self.param.device) for stored in self.stored}
+        return dequantize(self.scheme, parts, self.columns).to(self.param.dtype)
 
 
 class _StagedCopies(TorchFunctionMode):
@@ -246,7 +297,7 @@ def _read(todo: deque[_Job], device: torch.device) -> None:
                 return
             try:
                 loader = getattr(job.param, "weight_loader", _copy)
-                loader(job.param, job.tensors.get_tensor(job.name), job.part)
+                loader(job.param, job.read(), job.part)
             except BaseException:
                 todo.clear()
                 raise
@@ -296,11 +347,15 @@ def _copy(param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
 
 def _parameter_name(name: str, model: CausalLM) -> tuple[str, str | None]:
     """Checkpoint name -> parameter name and, where it is part of a fused parameter, the part."""
-    pieces = name.split(".")
+    module_names = {there: here for here, there in model.renamed.items()}
+    pieces = [module_names.get(piece, piece) for piece in name.split(".")]
+    if len(pieces) > 3 and pieces[-4] == "experts" and pieces[-2] in model.expert_parts:
+        param, part = model.expert_parts[pieces[-2]]
+        return ".".join([*pieces[:-3], param]), f"{pieces[-3]}.{part}"
     if len(pieces) > 1 and pieces[-2] in model.packed_modules:
         pieces[-2], part = model.packed_modules[pieces[-2]]
         return ".".join(pieces), part
-    return name, None
+    return ".".join(pieces), None
 
 
 def _expected_tensors(model: CausalLM) -> dict[str, tuple[int, ...]]:
@@ -311,18 +366,91 @@ def _expected_tensors(model: CausalLM) -> dict[str, tuple[int, ...]]:
         module_name, _, kind = name.rpartition(".")
         parent, _, fused = module_name.rpartition(".")
         module = model.get_submodule(module_name)
-        if isinstance(module, ColumnParallelLinear):
+        if isinstance(module, ColumnParallelLinear) and (fused, next(iter(module.offsets))) in names_of_parts:
             for part, (_, rows, _) in module.offsets.items():
                 expected[f"{parent}.{names_of_parts[fused, part]}.{kind}"] = (rows, *param.shape[1:])
+        elif isinstance(module, FusedExperts):
+            for part_name, (fused, part) in model.expert_parts.items():
+                if fused == kind:
+                    shape = module.part_shape(part)
+                    expected |= {f"{module_name}.{i}.{part_name}.weight": shape for i in range(module.total)}
         else:
             expected[name] = tuple(param.shape)
-    return expected
+    return {_checkpoint_name(name, model): shape for name, shape in expected.items()}
 
 
-def _ignored(name: str, model: CausalLM) -> bool:
-    """Tensors that old checkpoints carry although they are computed or shared."""
+def _checkpoint_name(name: str, model: CausalLM) -> str:
+    """What the checkpoint calls the module or parameter `name`, parts of fused ones aside."""
+    return ".".join(model.renamed.get(piece, piece) for piece in name.split(".")) if model.renamed else name
+
+
+def _schemes(model: CausalLM, quantization: Quantization | None) -> dict[str, WeightScheme]:
+    """How the quantised weights are stored, by the layer's name in the checkpoint."""
+    if quantization is None:
+        return {}
+    layers: list[str] = []
+    names_of_parts = {packed: name for name, packed in model.packed_modules.items()}
+    for name, module in model.named_modules():
+        parent, _, own = name.rpartition(".")
+        if isinstance(module, ColumnParallelLinear) and (own, next(iter(module.offsets))) in names_of_parts:
+            layers += [f"{parent}.{names_of_parts[own, part]}" for part in module.offsets]
+        elif isinstance(module, FusedExperts):
+            layers += [f"{name}.{i}.{part}" for i in range(module.total) for part in model.expert_parts]
+        elif isinstance(module, (ColumnParallelLinear, RowParallelLinear, ParallelLMHead)):
+            layers.append(name)
+    layers = [_checkpoint_name(layer, model) for layer in layers]
+    found = {layer: quantization.scheme_of(layer) for layer in layers}
+    return {layer: scheme for layer, scheme in found.items() if scheme is not None}
+
+
+def _stored_tensors(
+    model: CausalLM, quantization: Quantization | None, model_dir: Path
+) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Checkpoint names and shapes that fill an unsharded `model`, and names of what may be there beside them.
+
+    Raises:
+        UserError: a weight's shape does not go with the way it is quantised.
+    """
+    schemes = _schemes(model, quantization)
+    expected: dict[str, tuple[int, ...]] = {}
+    optional: set[str] = set()
+    for name, shape in _expected_tensors(model).items():
+        layer, _, kind = name.rpartition(".")
+        scheme = schemes.get(layer) if kind == "weight" else None
+        if scheme is None:
+            expected[name] = shape
+            continue
+        rows, columns = shape
+        if problem := scheme.problem(rows, columns):
+            raise UserError(
+                f"{model_dir}: {layer} cannot be quantized as config.json says: {problem}; config and weights must belong together"
+            )
+        expected |= {f"{layer}.{own}": size for own, size in scheme.shapes(rows, columns).items()}
+        optional |= {f"{layer}.{own}" for own in scheme.names}
+    return expected, optional
+
+
+def _ignored(name: str, model: CausalLM, quantization: Quantization | None) -> bool:
+    """Tensors that checkpoints carry although they are computed or shared, or mean nothing here."""
     tied = model.lm_head.weight is model.model.embed_tokens.weight
-    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+    if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+        return True
+    if quantization is None:
+        return False
+    kind = name.rpartition(".")[2]
+    # GPTQ's tools give every layer a bias, of zeros where the model has none.
+    if kind == "bias" and quantization.method == "gptq":
+        return not isinstance(getattr(*_owner(name, model), None), nn.Parameter)
+    return kind in ("k_scale", "v_scale", "q_scale")  # of a quantised KV cache
+
+
+def _owner(name: str, model: CausalLM) -> tuple[nn.Module | None, str]:
+    """The module that a checkpoint's tensor would belong to, and the parameter's name there."""
+    layer, _, kind = _parameter_name(name, model)[0].rpartition(".")
+    try:
+        return model.get_submodule(layer), kind
+    except AttributeError:
+        return None, kind
 
 
 def _some(names: list[str]) -> str:

@@ -9,12 +9,14 @@ import numpy.typing as npt
 import torch
 
 
-def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """`array` on `device`. Torch's pinned allocator keeps the staging buffer until the copy is done."""
+def to_device(array: npt.NDArray[Any], device: torch.device, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`array` on `device`, in `out` where given. Torch's pinned allocator keeps the staging buffer until the copy is done."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    if device.type != "cpu":
+        tensor = tensor.pin_memory()
+    if out is not None:
+        return out.copy_(tensor, non_blocking=True)
+    return tensor.to(device, non_blocking=True)
 
 
 class HostCopy:

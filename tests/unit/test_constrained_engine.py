@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ ENGINES: list[dict[str, Any]] = [
     {"num_kvcache_blocks": 8, "max_num_batched_tokens": 9},
     {"tensor_parallel_size": 2},
     {"chunk_cost": 1.0},  # as where decodes run as CUDA graphs
+    {"threads": 3},  # as on a machine with more cores
 ]
 
 
@@ -60,8 +62,11 @@ def test_every_constrained_output_parses(chat_model_dir: Path, monkeypatch: pyte
     prompts = [f"number {number} of the quick brown fox" for number in range(len(params))]
     found = []
     for options in ENGINES:
-        chunk_cost = options.get("chunk_cost")
-        llm = LLM(str(chat_model_dir), kvcache_block_size=16, **{k: v for k, v in options.items() if k != "chunk_cost"})
+        chunk_cost, threads = options.get("chunk_cost"), options.get("threads")
+        if threads:
+            monkeypatch.setattr(os, "cpu_count", lambda cpus=4 * threads: cpus)
+        own = {key: value for key, value in options.items() if key not in ("chunk_cost", "threads")}
+        llm = LLM(str(chat_model_dir), kvcache_block_size=16, **own)
         llm.executor.chunk_cost = chunk_cost or llm.executor.chunk_cost
         outputs = llm.generate(prompts, params, use_tqdm=False)
         steps = llm.steps
@@ -93,6 +98,37 @@ def test_forced_text_takes_no_steps(chat_model_dir: Path) -> None:
         assert llm.tokenizer is not None
         assert output["num_generated_tokens"] > 10
         assert llm.steps < output["num_generated_tokens"] / 2
+
+
+def test_forced_text_of_many_rows(chat_model_dir: Path) -> None:
+    """With more rows only those are asked whose last token was the only one: fewer steps, the same tokens."""
+    texts = ["the quick brown fox jumps over the lazy dog", "a dog over the lazy fox"]
+    params = [SamplingParams(1.0, 90, seed=row, structured_outputs={"choice": texts}) for row in range(40)]
+    found = []
+    for chunk_cost in (1e9, 0.1):
+        llm = LLM(str(chat_model_dir), kvcache_block_size=16)
+        llm.executor.chunk_cost = chunk_cost
+        outputs = llm.generate([f"fox {row}" for row in range(40)], params, use_tqdm=False)
+        assert all(output["text"] in texts for output in outputs)
+        found.append(([output["token_ids"] for output in outputs], llm.steps))
+        llm.exit()
+    (never, slow), (often, fast) = found
+    assert never == often
+    assert fast < slow / 2
+
+
+def test_stop_strings_in_constrained_text(chat_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row may end while other threads still make its next mask."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    llm = LLM(str(chat_model_dir), kvcache_block_size=16)
+    params = [
+        SamplingParams(1.0, 60, seed=row, stop=["b", "dd"], structured_outputs={"regex": "[a-d]{50}"})
+        for row in range(12)
+    ]
+    for output in llm.generate(["fox"] * 12, params, use_tqdm=False):
+        assert output["error"] is None and output["finish_reason"] == "stop"
+        assert re.fullmatch("[a-d]{0,50}", output["text"])
+        assert "b" not in output["text"] and "dd" not in output["text"]
 
 
 def test_cut_and_refused(chat_model_dir: Path) -> None:

@@ -148,12 +148,25 @@ def edited(path: Path, **changes: Any) -> Path:
         ({"architectures": ...}, ["none", "Qwen3ForCausalLM"]),
         ({"hidden_size": ...}, ["lacks the key 'hidden_size'"]),
         ({"hidden_act": "gelu"}, ["'gelu'", "silu"]),
-        ({"use_sliding_window": True, "sliding_window": 128}, ["sliding-window", "use_sliding_window"]),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding-window"]),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ["'longrope'", "linear, llama3, yarn"]),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["'dynamic'"]),
+        ({"use_sliding_window": True, "sliding_window": -1}, ["sliding_window=-1", "1 or more"]),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ["no window", "use_sliding_window"]),
+        ({"layer_types": ["full_attention"]}, ["full_attention, sliding_attention", "2 layers"]),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, ["chunked_attention", "2 layers"]),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ["'longrope'", "short_factor", "8 numbers"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["'dynamic'", "linear, llama3, yarn, longrope"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
-        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config"]),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            ["'bitsandbytes'", "fp8, compressed-tensors, awq, gptq"],
+        ),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 3, "group_size": 8}}, ["bits is 3", "4 or 8"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["lacks 'group_size'"]),
+        ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, ["'e5m2'", "'e4m3'"]),
+        ({"quantization_config": {"quant_method": "awq", "group_size": 32, "version": "gemv"}}, ["'gemv'", "'gemm'"]),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}, "ignore": "lm_head"}},
+            ["'lm_head' is no list"],
+        ),
         ({"rope_scaling": {"rope_type": "linear"}}, ["factor"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor"]),
         ({"rope_scaling": {"rope_type": "yarn"}}, ["factor"]),
@@ -224,6 +237,87 @@ def test_weights_that_do_not_fit_the_config(tmp_path: Path, change: Change, expe
     change(tensors)
     write_weights(make_model(tmp_path), tensors)
     assert expected in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "expected"),
+    [
+        (
+            "qwen3_moe",
+            lambda t: t.pop("model.layers.1.mlp.experts.5.up_proj.weight"),
+            "lacks the tensor model.layers.1.mlp.experts.5.up_proj.weight",
+        ),
+        (
+            "qwen3_moe",
+            lambda t: t.update({"model.layers.0.mlp.experts.6.up_proj.weight": torch.zeros(20, 48)}),
+            "holds the tensor model.layers.0.mlp.experts.6.up_proj.weight, which Qwen3MoeForCausalLM",
+        ),
+        (
+            "qwen3_moe",
+            lambda t: t.update({"model.layers.0.mlp.experts.3.down_proj.weight": torch.zeros(20, 48)}),
+            "experts.3.down_proj.weight has shape [20, 48], config.json asks for [48, 20]",
+        ),
+        (
+            "mixtral",
+            lambda t: t.pop("model.layers.0.block_sparse_moe.gate.weight"),
+            "lacks the tensor model.layers.0.block_sparse_moe.gate.weight",
+        ),
+        (
+            "mixtral",
+            lambda t: t.update({"model.layers.1.block_sparse_moe.experts.0.w2.weight": torch.zeros(88, 48)}),
+            "block_sparse_moe.experts.0.w2.weight has shape [88, 48], config.json asks for [48, 88]",
+        ),
+        (
+            "phi3",
+            lambda t: t.update({"model.layers.0.self_attn.qkv_proj.weight": torch.zeros(90, 48)}),
+            "self_attn.qkv_proj.weight has shape [90, 48], config.json asks for [96, 48]",
+        ),
+        (
+            "phi3",
+            lambda t: t.pop("model.layers.0.mlp.gate_up_proj.weight"),
+            "lacks the tensor model.layers.0.mlp.gate_up_proj.weight",
+        ),
+    ],
+)
+def test_weights_of_experts_and_fused_ones_are_named(
+    tmp_path: Path, family: str, change: Change, expected: str
+) -> None:
+    tensors = make_weights(make_config(family))
+    change(tensors)
+    write_weights(make_model(tmp_path, family), tensors)
+    assert expected in refusal(tmp_path)
+
+
+def test_ranks_that_experts_cannot_be_shared_by(tmp_path: Path, model_dir: Path) -> None:
+    path = make_model(tmp_path, "qwen3_moe", num_experts=7, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    assert "7 experts" in refusal(path, tensor_parallel_size=2, enable_expert_parallel=True)
+    assert "20 features of an expert" in refusal(path, tensor_parallel_size=8)
+    line = refusal(model_dir, enable_expert_parallel=True)
+    assert "enable_expert_parallel=True" in line and "Qwen3ForCausalLM) has no experts" in line
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("qwen3_moe", {"num_experts": 0}, "num_experts=0"),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok=7; there are 6 experts"),
+        ("qwen3_moe", {"moe_intermediate_size": "wide"}, "moe_intermediate_size='wide'"),
+        ("mixtral", {"num_local_experts": -1}, "num_local_experts=-1"),
+        ("mistral", {"sliding_window": 2.5}, "sliding_window=2.5"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier=0"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers=[1]"),
+        ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5"),
+        ("phi3", {"partial_rotary_factor": 0.3}, "rotates 3.6 of a head's 12 dimensions"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "short_factor as a list of 6 numbers"),
+    ],
+)
+def test_configs_of_families_that_ask_for_the_impossible(
+    tmp_path: Path, family: str, changes: dict[str, Any], expected: str
+) -> None:
+    path = make_model(tmp_path, family)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+    assert expected in refusal(path)
 
 
 def test_tied_models_may_carry_a_head_and_old_ones_their_frequencies(tmp_path: Path) -> None:

@@ -16,17 +16,26 @@ import torch
 
 from nanovllm.errors import UserError
 from nanovllm.kernels.paged_attention import context_slots, paged_prefill_torch
-from nanovllm.layers.attention import AttentionBatch
+from nanovllm.layers.attention import AttentionBatch, AttentionSpec
 from nanovllm.layers.backends.torch_backend import TorchBackend
 
 BLOCK_SIZE, KV_HEADS, GROUP, DIM = 16, 2, 3, 32
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, length: int, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: torch.Tensor,
+    length: int,
+    scale: float,
+    window_size: tuple[int, int],
+    softcap: float,
 ) -> torch.Tensor:
     """`q` [C, H, D], the last of `length` tokens in the blocks of `table`."""
-    return paged_prefill_torch(q, k, v, context_slots(table[None], k.shape[1], length)[0], scale)
+    assert window_size[1] == (-1 if window_size[0] == -1 else 0)
+    slots = context_slots(table[None], k.shape[1], length)[0]
+    return paged_prefill_torch(q, k, v, slots, scale, window_size[0] + 1, softcap)
 
 
 def with_kvcache(
@@ -41,18 +50,25 @@ def with_kvcache(
     page_table: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """`flash_attn_with_kvcache` of versions 2 (block_table) and 3 (page_table, and varlen queries)."""
     tables = block_table if page_table is None else page_table
     assert causal and tables is not None and tables.dtype == cache_seqlens.dtype == torch.int32
     if cu_seqlens_q is None:
-        rows = [attend(q[i], k_cache, v_cache, tables[i], int(n), softmax_scale) for i, n in enumerate(cache_seqlens)]
+        rows = [
+            attend(q[i], k_cache, v_cache, tables[i], int(n), softmax_scale, window_size, softcap)
+            for i, n in enumerate(cache_seqlens)
+        ]
         return torch.stack(rows)
     starts = cu_seqlens_q.tolist()
     assert max_seqlen_q == int(cu_seqlens_q.diff().max())
     return torch.cat(
         [
-            attend(q[starts[i] : starts[i + 1]], k_cache, v_cache, tables[i], int(n), softmax_scale)
+            attend(
+                q[starts[i] : starts[i + 1]], k_cache, v_cache, tables[i], int(n), softmax_scale, window_size, softcap
+            )
             for i, n in enumerate(cache_seqlens)
         ]
     )
@@ -70,6 +86,8 @@ def varlen(
     softmax_scale: float,
     causal: bool,
     block_table: torch.Tensor,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """`flash_attn_varlen_func` of version 2 over a paged cache."""
     lens = cu_seqlens_k.diff()
@@ -84,6 +102,8 @@ def varlen(
         block_table=block_table,
         cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,
+        window_size=window_size,
+        softcap=softcap,
     )
 
 
@@ -109,7 +129,10 @@ def test_blocks_that_version_2_cannot_read_are_refused(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["flash_attn", "flash_attn_interface"])
 @pytest.mark.parametrize(("decodes", "chunks"), [(4, 0), (0, 3), (3, 2)])
-def test_flash_equals_torch(name: str, decodes: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spec", [AttentionSpec(DIM**-0.5), AttentionSpec(0.3, window=20, softcap=2.0)])
+def test_flash_equals_torch(
+    name: str, decodes: int, chunks: int, spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stand_in(name, monkeypatch)
     from nanovllm.layers.backends.flash_backend import FlashBackend
 
@@ -134,5 +157,6 @@ def test_flash_equals_torch(name: str, decodes: int, chunks: int, monkeypatch: p
     )
     outputs = []
     for backend in (FlashBackend(KV_HEADS * GROUP, KV_HEADS, DIM), TorchBackend(KV_HEADS * GROUP, KV_HEADS, DIM)):
-        outputs.append(backend.attend(q, caches[0], caches[1], backend.plan(batch)))
+        backend.add_window(spec.window)
+        outputs.append(backend.attend(q, caches[0], caches[1], backend.plan(batch), spec))
     torch.testing.assert_close(outputs[0], outputs[1])

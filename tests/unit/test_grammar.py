@@ -593,6 +593,34 @@ def test_filling_many_is_filling_each(tokenizer: PreTrainedTokenizerBase, thread
     assert (out[len(states) :] == 0x5A5A5A5A).all(), "rows of nobody are left alone"
 
 
+def test_who_asks_a_state_waits_for_its_mask(tokenizer: PreTrainedTokenizerBase) -> None:
+    compiler = GrammarCompiler(tokenizer, VOCAB, EOS, threads=2)
+    grammar = compiler.compile(params(regex="[a-z ]{3,500}"))
+    states = [grammar.start() for _ in range(3000)]
+    filling = compiler.start_masks(states, np.zeros((len(states), compiler.mask_words), np.int32))
+    assert filling is not None
+    assert not states[-1].is_complete
+    assert filling.done()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_accepting_many_is_accepting_each(tokenizer: PreTrainedTokenizerBase, threads: int) -> None:
+    compiler = GrammarCompiler(tokenizer, VOCAB, EOS, threads=threads)
+    grammar, tags = compiler.compile(params(choice=["ab", "b"])), ThinkTags.of(tokenizer)
+    a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
+    free = ReasoningGate(tags, [], None, None, VOCAB, EOS)
+    sampled: list[tuple[Constraint, int]] = [(grammar.start(), a), (free, a), (grammar.start(), b)]
+    sampled.append((ReasoningGate(tags, tokenizer.encode("</think>"), grammar.start(), None, VOCAB, EOS), b))
+    ended = grammar.start()
+    assert ended.accept(b)
+    sampled.append((ended, EOS[0]))
+    assert compiler.accept_all(sampled) == [True] * 5
+    assert [state.is_stopped for state, _ in sampled] == [False, False, True, True, True]
+    assert ended.is_finished
+    fox = compiler.compile(params(choice=["fox"])).start()
+    assert compiler.accept_all([(sampled[0][0], b), (fox, b)]) == [True, False]
+
+
 def test_masks_of_a_wrong_shape_are_refused(compiler: GrammarCompiler) -> None:
     states = [compiler.compile(params(regex="a")).start()] * 2
     words = compiler.mask_words

@@ -37,7 +37,7 @@ from nanovllm.kernels.paged_decode import (
 from nanovllm.kernels.paged_prefill import BLOCK_M, BLOCK_N, NUM_WARPS, paged_prefill, prefill_tiles
 from nanovllm.kernels.sampling import LEAST_KEY
 from nanovllm.kernels.triton_compat import HAS_TRITON
-from nanovllm.layers.attention import AttentionBackend, AttentionBatch
+from nanovllm.layers.attention import AttentionBackend, AttentionBatch, AttentionSpec
 from nanovllm.layers.backends import triton_backend
 from nanovllm.layers.backends.torch_backend import TorchBackend
 
@@ -127,14 +127,15 @@ class Cache:
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.k.float().contiguous(), self.v.float().contiguous()
 
-    def attended(self, i: int, q: torch.Tensor) -> torch.Tensor:
+    def attended(self, i: int, q: torch.Tensor, window: int = 0, softcap: float = 0.0) -> torch.Tensor:
         """What the last tokens of sequence `i` see, `q` [C, Hq, D], by the references in float32."""
         if self.lens[i] == 0:
             return torch.zeros_like(q, dtype=torch.float32)
         slots = context_slots(self.table[self.slots[i : i + 1]], self.case.block_size, self.lens[i])
         if len(q) == 1:
-            return paged_decode_torch(q.float(), *self.exact, slots, None, self.case.dim**-0.5)
-        return paged_prefill_torch(q.float(), *self.exact, slots[0], self.case.dim**-0.5)
+            slots = slots[:, -window:]
+            return paged_decode_torch(q.float(), *self.exact, slots, None, self.case.dim**-0.5, softcap)
+        return paged_prefill_torch(q.float(), *self.exact, slots[0], self.case.dim**-0.5, window, softcap)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 5e-5) -> None:
@@ -172,12 +173,14 @@ def decoded(
     buffers: DecodeBuffers,
     tile: int | None = None,
     item_tiles: int = ITEM_TILES,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """A planned launch on poisoned buffers; only the batch's rows are written, and zeros are those of padding."""
     batch, lens = len(cache.lens), torch.tensor(cache.lens, device=DEVICE)
     tile = tile or decode_tile(cache.case.dim, q.dtype)
     poison(buffers)
-    plan_decode(cache.slots, lens, programs, buffers, tile, item_tiles)
+    plan_decode(cache.slots, lens, programs, buffers, tile, item_tiles, window)
     padded = nans(batch + 2, *q.shape[1:], dtype=q.dtype)
     paged_decode(
         q,
@@ -189,6 +192,8 @@ def decoded(
         cache.case.dim**-0.5,
         padded[1:-1],
         tile=tile,
+        window=window,
+        softcap=softcap,
     )
     assert padded[[0, -1]].isnan().all()
     assert not padded[1:-1][lens == 0].any()
@@ -196,8 +201,8 @@ def decoded(
     return padded[1:-1]
 
 
-def attended_by_all(cache: Cache, q: torch.Tensor) -> torch.Tensor:
-    return torch.cat([cache.attended(i, q[i : i + 1]) for i in range(len(cache.lens))])
+def attended_by_all(cache: Cache, q: torch.Tensor, window: int = 0, softcap: float = 0.0) -> torch.Tensor:
+    return torch.cat([cache.attended(i, q[i : i + 1], window, softcap) for i in range(len(cache.lens))])
 
 
 def buffers_for(case: Case, batch: int, programs: int) -> DecodeBuffers:
@@ -444,6 +449,8 @@ def prefilled(
     first_row: int = 0,
     block_m: int = BLOCK_M,
     block_n: int = BLOCK_N,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """A launch over the sequences' last tokens; `q` has `first_row` rows before them and may have some after them."""
     tiles = prefill_tiles(
@@ -461,13 +468,94 @@ def prefilled(
         block_m=block_m,
         block_n=block_n,
         num_warps=NUM_WARPS if block_m == BLOCK_M else 4,
+        window=window,
+        softcap=softcap,
     )
     assert out[:first_row].isnan().all() and out[end:].isnan().all(), "other rows are not touched"
     return out[first_row:end]
 
 
-def prefill_reference(cache: Cache, q: torch.Tensor, query_lens: list[int]) -> torch.Tensor:
-    return torch.cat([cache.attended(i, part) for i, part in enumerate(q.split(query_lens))])
+def prefill_reference(
+    cache: Cache, q: torch.Tensor, query_lens: list[int], window: int = 0, softcap: float = 0.0
+) -> torch.Tensor:
+    return torch.cat([cache.attended(i, part, window, softcap) for i, part in enumerate(q.split(query_lens))])
+
+
+def hide(cache: Cache, i: int, before: int) -> None:
+    """Make NaNs of all tokens of sequence `i` before `before` that share no tile with later ones: nobody may read them."""
+    before -= before % 64
+    slots = context_slots(cache.table[cache.slots[i : i + 1]], cache.case.block_size, max(before, 0))[0]
+    for stored in (cache.k, cache.v):
+        stored[slots // cache.case.block_size, slots % cache.case.block_size] = math.nan
+
+
+def test_references_of_windows_and_softcaps() -> None:
+    """Token by token, by the definitions."""
+    cache = Cache(Case(16, 16, 2, 2, "apart"), [50], torch.float32, 3)
+    k, v = cache.exact
+    slots = context_slots(cache.table[cache.slots], 16, 50)[0]
+    keys, values = k.view(-1, 2, 16)[slots], v.view(-1, 2, 16)[slots]
+    q = cache.queries(20, torch.float32, 4)
+    for window, softcap in ((7, 0.0), (0, 2.0), (33, 1.5), (1, 0.0), (100, 0.0)):
+        out = paged_prefill_torch(q, k, v, slots, 0.3, window, softcap)
+        for i, head in itertools.product(range(20), range(4)):
+            end = 31 + i
+            seen = slice(max(0, end - window) if window else 0, end)
+            scores = keys[seen, head // 2] @ q[i, head] * 0.3
+            scores = torch.tanh(scores / softcap) * softcap if softcap else scores
+            torch.testing.assert_close(out[i, head], scores.softmax(0) @ values[seen, head // 2])
+        one = paged_decode_torch(q[-1:], k, v, slots[None, -window:], None, 0.3, softcap)
+        torch.testing.assert_close(one, out[-1:])
+
+
+SMALL, LARGE = Case(64, 16, 3, 1, "apart"), Case(80, 128, 2, 2, "interleaved")
+each_window = pytest.mark.parametrize(
+    ("window", "softcap", "case"),
+    [(1, 0.0, SMALL), (17, 0.0, SMALL), (64, 0.0, LARGE), (100, 20.0, SMALL), (0, 5.0, LARGE), (1000, 0.0, SMALL)],
+)
+
+
+@needs_triton
+@each_dtype
+@each_window
+def test_paged_decode_with_windows(
+    dtype: torch.dtype, window: int, softcap: float, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_decode_module, "MIN_PART_TOKENS", 1)
+    lens = some_lens(random.Random(window))
+    cache = Cache(case, lens, dtype, 1)
+    q = cache.queries(len(lens), dtype, 2)
+    expected = attended_by_all(cache, q, window, softcap)
+    tile = decode_tile(case.dim, dtype)
+    if window:
+        for i, length in enumerate(lens):
+            hide(cache, i, length - window)
+    most = sum(2 + -(-min(length, window or length) // tile) + 1 for length in lens)
+    for programs in (1, 5, most):
+        buffers = buffers_for(case, len(lens), most)
+        out = decoded(cache, q, programs, buffers, window=window, softcap=softcap)
+        assert_close(out, expected)
+        # The split covers no more than the windows, to a whole tile.
+        if programs == most and window:
+            read = collections.Counter[int]()
+            for item in itertools.chain(*planned(buffers, programs)):
+                read[item[0]] += max(0, item[3] - item[2])
+            assert all(count < min(window, lens[i]) + tile for i, count in read.items())
+
+
+@needs_triton
+@each_dtype
+@each_window
+def test_paged_prefill_with_windows(dtype: torch.dtype, window: int, softcap: float, case: Case) -> None:
+    block_m, block_n = (BLOCK_M, BLOCK_N) if case is SMALL else (32, 16)
+    query_lens, lens = some_chunks(random.Random(window))
+    cache = Cache(case, lens, dtype, 1)
+    q = cache.queries(sum(query_lens), dtype, 2)
+    expected = prefill_reference(cache, q, query_lens, window, softcap)
+    if window:
+        for i, (query_len, length) in enumerate(zip(query_lens, lens, strict=True)):
+            hide(cache, i, length - query_len - window + 1)
+    assert_close(prefilled(cache, q, query_lens, 0, block_m, block_n, window, softcap), expected)
 
 
 def some_chunks(rng: random.Random) -> tuple[list[int], list[int]]:
@@ -620,6 +708,10 @@ def test_backends_agree(dtype: torch.dtype, case: Case, programs: int, monkeypat
     heads = case.kv_heads * case.group
     reference: AttentionBackend = TorchBackend(heads, case.kv_heads, case.dim, 60, DEVICE)
     backend = triton_backend.TritonBackend(heads, case.kv_heads, case.dim, 60, DEVICE, dtype)
+    specs = AttentionSpec(case.dim**-0.5), AttentionSpec(0.1, window=rng.randint(10, 100), softcap=7.0)
+    for spec in specs:
+        reference.add_window(spec.window)
+        backend.add_window(spec.window)
     for seed, (decodes, chunks) in enumerate([(4, 0), (0, 2), (3, 2), (1, 1)]):
         more = 50 * GPU if decodes > 1 else 0
         decode_lens = sorted((rng.randint(1, 400) for _ in range(decodes + more)), reverse=True)
@@ -643,10 +735,10 @@ def test_backends_agree(dtype: torch.dtype, case: Case, programs: int, monkeypat
         tiles = np.concatenate((tiles, np.zeros((2, 4), dtype=np.int32)))
         batch = batch._replace(chunk_tiles=torch.from_numpy(tiles).to(DEVICE) if chunks else None)
         plan, expected_plan = backend.plan(batch), reference.plan(batch)
-        for layer in (cache, cache.next_layer()):
+        for layer, spec in zip((cache, cache.next_layer()), specs, strict=True):
             q = cache.queries(count + sum(query_lens), dtype, seed)
-            out = backend.attend(q, layer.k, layer.v, plan)
-            expected = reference.attend(q.float(), *layer.exact, expected_plan)
+            out = backend.attend(q, layer.k, layer.v, plan, spec)
+            expected = reference.attend(q.float(), *layer.exact, expected_plan, spec)
             assert out.shape == q.shape and out.dtype == dtype
             assert_close(out, expected)
             assert not backend.buffers.arrived.any()

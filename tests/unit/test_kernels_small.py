@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nanovllm.kernels.activation import silu_and_mul, silu_and_mul_torch
+from nanovllm.kernels.activation import gelu_and_mul, gelu_and_mul_torch, silu_and_mul, silu_and_mul_torch
 from nanovllm.kernels.embedding import embedding_shard, embedding_shard_torch
 from nanovllm.kernels.layernorm import add_rms_norm, add_rms_norm_torch
 from nanovllm.kernels.qk_norm_rope import qk_norm_rope_store, qk_norm_rope_store_torch
@@ -167,6 +167,16 @@ def test_skinny_tiles_leave_the_rest_to_cublas(rows: int, n: int, k: int) -> Non
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_with_weights_in_float32_round_once(dtype: torch.dtype) -> None:
+    x, residual, weight = randn(5, 640, dtype=dtype), randn(5, 640, dtype=dtype, seed=2), randn(640, seed=1)
+    assert weight.dtype == torch.float32
+    exact = torch.nn.functional.rms_norm((x + residual).float(), (640,), weight, 1e-6)
+    for kernel in (add_rms_norm, add_rms_norm_torch):
+        assert_rounds_alike(kernel(x, residual, weight, 1e-6)[0], exact.to(dtype))
+
+
+@needs_triton
 def test_the_norm_keeps_epsilon() -> None:
     tiny = randn(3, 40) * 1e-4
     assert_close(add_rms_norm(tiny, None, randn(40), 1e-2)[0], add_rms_norm_torch(tiny, None, randn(40), 1e-2)[0])
@@ -182,10 +192,22 @@ def test_silu_and_mul(dtype: torch.dtype, tokens: int, size: int) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "size"), [(1, 1), (5, 7), (2, 3000)])
+def test_gelu_and_mul(dtype: torch.dtype, tokens: int, size: int) -> None:
+    x = randn(tokens, 2 * size, dtype=dtype) * 3
+    # Far below 0 the reference's 1 + tanh loses what the kernel's form keeps.
+    torch.testing.assert_close(
+        gelu_and_mul(x), gelu_and_mul_torch(x), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=3e-6
+    )
+
+
+@needs_triton
 def test_silu_of_extremes() -> None:
     gate = torch.tensor([-math.inf, -1e4, -88.0, -0.0, 0.0, 88.0, 1e4, math.inf], device=DEVICE)
     x = torch.cat((gate, torch.ones_like(gate)))[None]
     torch.testing.assert_close(silu_and_mul(x), silu_and_mul_torch(x), equal_nan=True)
+    torch.testing.assert_close(gelu_and_mul(x), gelu_and_mul_torch(x), equal_nan=True)
 
 
 @needs_triton
@@ -267,6 +289,28 @@ def test_the_head_norm_rounds_as_the_reference(dtype: torch.dtype) -> None:
     q = qk_norm_rope_store(qkv, *args, *caches, slots)
     assert_rounds_alike(q, qk_norm_rope_store_torch(qkv, *args, *expected_caches, slots))
     assert_rounds_alike(caches[0], expected_caches[0])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "rotary"), [(64, 32), (96, 72), (128, 2), (80, 78)])
+def test_a_part_of_each_head_is_rotated(dtype: torch.dtype, dim: int, rotary: int) -> None:
+    tokens, heads, kv_heads = 5, 6, 2
+    qkv = randn(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    angles = randn(50, rotary // 2, seed=3)
+    cos, sin = angles.cos().repeat(1, 2).to(dtype), angles.sin().repeat(1, 2).to(dtype)
+    positions, slots = randint(50, tokens, seed=4), torch.arange(tokens, device=DEVICE)
+    for weight in (None, randn(dim, dtype=dtype, seed=6), randn(dim, seed=6)):
+        caches, expected_caches = (make_cache(2, 4, kv_heads, dim, "apart", dtype) for _ in range(2))
+        args = qkv, positions, cos, sin, weight, weight, 1e-6
+        q = qk_norm_rope_store(*args, *caches, slots)
+        expected = qk_norm_rope_store_torch(*args, *expected_caches, slots)
+        largest = max(1.0, q.abs().max().item())
+        assert_close(q / largest, expected / largest)
+        assert_close(caches[0] / largest, expected_caches[0] / largest)
+        assert torch.equal(caches[1], expected_caches[1])
+        if weight is None:
+            assert torch.equal(q[..., rotary:], qkv.view(tokens, -1, dim)[:, :heads, rotary:])
 
 
 @needs_triton

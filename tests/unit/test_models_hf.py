@@ -109,9 +109,78 @@ CASES = {
             "intermediate_size": 70,
         },
     ),
+    "granite-group2": Case("granite", {"vocab_size": 257, "rms_norm_eps": 1e-3}),
+    "smollm3-nope-tied": Case(
+        "smollm3",
+        {"num_hidden_layers": 5, "no_rope_layers": None, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    "mistral-window-v5": Case(
+        "mistral", {"sliding_window": 24, "head_dim": 16, "num_key_value_heads": 1, "form": "5.x"}
+    ),
+    # Layers with a window and without: as the older files say it, and the newer.
+    "qwen2-upper-windows": Case(
+        "qwen2", {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 1, "vocab_size": 259}
+    ),
+    "qwen3-layer-types": Case(
+        "qwen3",
+        {
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen3-moe-mqa": Case("qwen3_moe", {"num_key_value_heads": 1, "num_experts_per_tok": 3}),
+    "qwen3-moe-some-dense-raw-weights": Case(
+        "qwen3_moe",
+        {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": False, "vocab_size": 259, "shards": 2},
+    ),
+    "mixtral-window-v5": Case("mixtral", {"sliding_window": 30, "num_key_value_heads": 1, "form": "5.x"}),
+    "gemma2-softcaps-mqa": Case("gemma2", {"num_key_value_heads": 1, "vocab_size": 263}),
+    "gemma2-no-softcaps-tied": Case(
+        "gemma2",
+        {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 3,
+        },
+    ),
+    "gemma3-linear-mqa": Case(
+        "gemma3", {"num_key_value_heads": 1, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "vocab_size": 259}
+    ),
+    "gemma3-v5": Case("gemma3", {"form": "5.x", "final_logit_softcapping": 20.0}),
+    "phi3-window": Case("phi3", {"sliding_window": 33, "tie_word_embeddings": True}),
+    "phi3-longrope-partial": Case(
+        "phi3",
+        {
+            "num_key_value_heads": 1,
+            "hidden_size": 64,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 256,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.1, 1.2, 1.4, 2.0, 3.0],
+                "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+            },
+        },
+    ),
 }
-# One a family, each with fewer KV heads than ranks and a vocabulary that two does not divide.
-TP_CASES = ("qwen3-mqa-yarn-sharded", "qwen2-mqa-v5", "llama-mqa-biases-yarn")
+# One a family, each with fewer KV heads than ranks or a vocabulary that two does not divide. The long ones differ from those of
+# `llama`, `phi3`, `qwen3_moe` and `gemma2` in nothing that is sharded.
+TP_CASES = (
+    "qwen3-mqa-yarn-sharded",
+    "qwen2-mqa-v5",
+    "llama-mqa-biases-yarn",
+    "phi3-longrope-partial",
+    "qwen3-moe-some-dense-raw-weights",
+    "gemma2-softcaps-mqa",
+    pytest.param("mixtral-window-v5", marks=pytest.mark.long),
+    pytest.param("gemma3-linear-mqa", marks=pytest.mark.long),
+    pytest.param("granite-group2", marks=pytest.mark.long),
+    pytest.param("smollm3-nope-tied", marks=pytest.mark.long),
+    pytest.param("mistral-window-v5", marks=pytest.mark.long),
+)
 
 
 class Reference(NamedTuple):
@@ -124,7 +193,9 @@ class Reference(NamedTuple):
 
 
 def load_oracle(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path).float().eval()
+    # Gemma 2 leaves out its soft caps where attention is any other than this.
+    eager = {"attn_implementation": "eager"} if "Gemma2" in (path / "config.json").read_text() else {}
+    return AutoModelForCausalLM.from_pretrained(path, **eager).float().eval()
 
 
 def oracle_generate(oracle: PreTrainedModel, prompt: list[int], max_tokens: int, eos: Any = None) -> list[int]:
@@ -217,6 +288,15 @@ def test_two_ranks(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     llm = LLM(str(reference.path), tensor_parallel_size=2, **options)
     try:
         run(reference, llm)
+        run(reference, llm)
+    finally:
+        llm.exit()
+
+
+def test_two_ranks_with_an_experts_half_each(tmp_path_factory: pytest.TempPathFactory) -> None:
+    reference = make_reference("qwen3-moe-mqa", tmp_path_factory.getbasetemp())
+    llm = LLM(str(reference.path), tensor_parallel_size=2, enable_expert_parallel=True, kvcache_block_size=16)
+    try:
         run(reference, llm)
     finally:
         llm.exit()

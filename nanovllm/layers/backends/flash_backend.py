@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from nanovllm.errors import UserError
-from nanovllm.layers.attention import AttentionBackend, AttentionBatch
+from nanovllm.layers.attention import AttentionBackend, AttentionBatch, AttentionSpec
 from nanovllm.utils.transfer import to_device
 
 
@@ -79,9 +79,16 @@ class FlashBackend(AttentionBackend):
             )
         return FlashPlan(batch.decode_lens.int(), batch.block_tables[batch.decode_slots], chunks)
 
-    def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: FlashPlan) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: FlashPlan, spec: AttentionSpec
+    ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
         decodes, chunks = len(plan.decode_lens), plan.chunks
+        options: dict[str, Any] = {"softmax_scale": spec.scale, "causal": True}
+        if spec.window:  # tokens before the query's own, and after it
+            options["window_size"] = (spec.window - 1, 0)
+        if spec.softcap:
+            options["softcap"] = spec.softcap
         out = torch.empty_like(q)
         if decodes:
             table = {"page_table" if self.version == 3 else "block_table": plan.decode_block_tables}
@@ -90,8 +97,7 @@ class FlashBackend(AttentionBackend):
                 k_cache,
                 v_cache,
                 cache_seqlens=plan.decode_lens,
-                softmax_scale=self.scale,
-                causal=True,
+                **options,
                 **table,
             ).squeeze(1)
         if chunks is not None and self.version == 3:
@@ -103,8 +109,7 @@ class FlashBackend(AttentionBackend):
                 page_table=chunks.block_tables,
                 cu_seqlens_q=chunks.query_starts,
                 max_seqlen_q=chunks.max_query_len,
-                softmax_scale=self.scale,
-                causal=True,
+                **options,
             )
         elif chunks is not None:
             out[decodes:] = self.varlen(
@@ -115,8 +120,7 @@ class FlashBackend(AttentionBackend):
                 cu_seqlens_k=chunks.starts,
                 max_seqlen_q=chunks.max_query_len,
                 max_seqlen_k=chunks.max_len,
-                softmax_scale=self.scale,
-                causal=True,
+                **options,
                 block_table=chunks.block_tables,
             )
         return out

@@ -15,16 +15,20 @@ from nanovllm.kernels.paged_decode import (
     make_decode_buffers,
     paged_decode,
     plan_decode,
+    split_buffers,
 )
 from nanovllm.kernels.paged_prefill import most_prefill_tiles, paged_prefill, prefill_tiles
-from nanovllm.layers.attention import AttentionBackend, AttentionBatch, Ints
+from nanovllm.kernels.shared_prefix import SharedBuffers, attend_shared, make_shared_buffers, members_of_tile
+from nanovllm.layers.attention import AttentionBackend, AttentionBatch, AttentionSpec, Ints
+from nanovllm.utils.prefixes import Capacity, SharedPrefixes
+from nanovllm.utils.transfer import to_device
 
 
 class TritonPlan(NamedTuple):
-    """The step's rows of `block_tables`; the decodes' split lies in `buffers`, the chunks' tiles in `tiles` (None: no chunks)."""
+    """The step's rows of `block_tables`; the decodes' split lies in the backend's buffers, the chunks' tiles in `tiles` (None: no
+    chunks)."""
 
     batch: AttentionBatch
-    buffers: DecodeBuffers
     tiles: torch.Tensor | None
 
 
@@ -40,13 +44,55 @@ class TritonBackend(AttentionBackend):
         self.buffers = make_decode_buffers(
             self.max_num_seqs, self.programs, self.num_heads, self.num_kv_heads, self.head_dim, self.device
         )
+        self.buffers_of: dict[int, DecodeBuffers] = {}
+        self.shared: SharedBuffers | None = None
+
+    def add_window(self, window: int) -> None:
+        """See `AttentionBackend.add_window`. A window has a split of its own; what a launch leaves behind, all windows share."""
+        if window not in self.windows:
+            self.buffers_of[window] = self.buffers if not self.windows else split_buffers(self.buffers)
+        super().add_window(window)
+
+    @classmethod
+    def shared_tile(cls, group: int) -> int:
+        """See `AttentionBackend.shared_tile`."""
+        return members_of_tile(group)
+
+    def enable_sharing(self, capacity: Capacity, slots: int) -> None:
+        """See `AttentionBackend.enable_sharing`."""
+        self.shared = make_shared_buffers(*capacity, slots, self.num_heads, self.head_dim, self.device)
+
+    def load_shared(self, shared: SharedPrefixes) -> None:
+        """See `AttentionBackend.load_shared`."""
+        buffers = self.shared
+        assert buffers is not None
+        items = np.zeros(buffers.items.shape, dtype=np.int32)
+        items[: len(shared.items)] = shared.items
+        sizes = [items.size, len(shared.members), shared.rows.size]
+        packed = to_device(np.concatenate((items.ravel(), shared.members, shared.rows.ravel())), self.device)
+        items_, members, rows = packed.split(sizes)
+        buffers.items.copy_(items_.view_as(buffers.items))
+        buffers.members[: len(members)].copy_(members)
+        slots, *numbers = rows.view(4, -1)
+        for target, own in zip((buffers.skipped, buffers.entries, buffers.counts), numbers, strict=True):
+            target[slots.long()] = own
 
     def plan(self, batch: AttentionBatch) -> TritonPlan:
         """See `AttentionBackend.plan`."""
         decodes = len(batch.decode_slots)
         if decodes:
-            plan_decode(batch.decode_slots, batch.decode_lens, self.programs, self.buffers, self.tile)
-        return TritonPlan(batch, self.buffers, batch.chunk_tiles)
+            for window, buffers in self.buffers_of.items():
+                shared = self.shared if batch.shares and not window else None
+                plan_decode(
+                    batch.decode_slots,
+                    batch.decode_lens,
+                    self.programs,
+                    buffers,
+                    self.tile,
+                    window=window,
+                    shared=shared,
+                )
+        return TritonPlan(batch, batch.chunk_tiles)
 
     def chunk_tiles(self, slots: Ints, query_lens: Ints, lens: Ints) -> npt.NDArray[np.int32]:
         """See `AttentionBackend.chunk_tiles`."""
@@ -56,24 +102,42 @@ class TritonBackend(AttentionBackend):
         """See `AttentionBackend.most_tiles`."""
         return most_prefill_tiles(tokens, chunks, self.num_heads // self.num_kv_heads)
 
-    def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: TritonPlan) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: TritonPlan, spec: AttentionSpec
+    ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
         batch = plan.batch
         out = torch.empty_like(q)
         decodes = len(batch.decode_slots)
         if decodes:
+            shared = self.shared if batch.shares and not spec.window else None
+            if shared is not None:
+                attend_shared(q[:decodes], k_cache, v_cache, batch.block_tables, shared, spec.scale, spec.softcap)
             paged_decode(
                 q[:decodes],
                 k_cache,
                 v_cache,
                 batch.block_tables,
                 self.programs,
-                plan.buffers,
-                self.scale,
+                self.buffers_of[spec.window],
+                spec.scale,
                 out[:decodes],
                 tile=self.tile,
+                window=spec.window,
+                softcap=spec.softcap,
+                shared=shared,
                 other_kernel_between=True,  # the one that stores the keys
             )
         if plan.tiles is not None:
-            paged_prefill(q, k_cache, v_cache, batch.block_tables, plan.tiles, self.scale, out)
+            paged_prefill(
+                q,
+                k_cache,
+                v_cache,
+                batch.block_tables,
+                plan.tiles,
+                spec.scale,
+                out,
+                window=spec.window,
+                softcap=spec.softcap,
+            )
         return out

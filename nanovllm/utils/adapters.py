@@ -1,0 +1,177 @@
+"""Low-rank adapters in PEFT's format: checked against the model from their headers alone, and loaded onto its layers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from nanovllm.errors import UserError
+from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from nanovllm.layers.lora import AdapterTokens, LoraWeights
+from nanovllm.layers.parallel import TensorParallel
+from nanovllm.models.decoder import CausalLM
+from nanovllm.utils.hub import resolve_model
+from nanovllm.utils.loader import read_header
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LEAST_RANK = 16  # of a matrix product's tile
+MOST_RANK = 256
+_NAME = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<matrix>[AB])\.(?:default\.)?weight")
+# What would change the result and is not done here, with the values that do nothing.
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": (None, "none"),
+    "use_dora": (None, False),
+    "fan_in_fan_out": (None, False),
+    "modules_to_save": (None, []),
+    "lora_bias": (None, False),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter on disk: its rank, what its product is multiplied with, and the layers it changes, by checkpoint name."""
+
+    name: str
+    file: Path
+    rank: int
+    scaling: float
+    tensors: Mapping[str, dict[str, str]]  # layer -> {"A": tensor's name, "B": ...}
+
+
+class _Place:
+    """Where a checkpoint's layer is in the model: a linear module, and its part there, None where it is all of it."""
+
+    def __init__(
+        self, module: ColumnParallelLinear | RowParallelLinear, part: int | None, shape: tuple[int, int]
+    ) -> None:
+        self.module, self.part, self.shape = module, part, shape
+
+
+def read_adapters(adapters: Mapping[str, str], model: CausalLM) -> list[Adapter]:
+    """The adapters of an engine in the order of their names, checked against an unsharded `model` (it may be on the meta device).
+
+    Args:
+        adapters: name -> directory or hub id.
+
+    Raises:
+        UserError: files missing, not PEFT's, or not made for this model; one line.
+    """
+    places = _places(model)
+    return [_read(name, adapters[name], places) for name in sorted(adapters)]
+
+
+def _read(name: str, given: str, places: Mapping[str, _Place]) -> Adapter:
+    directory = resolve_model(given)
+    what = f"lora adapter {name!r} ({directory})"
+    config = _config(directory, what)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or not 1 <= rank <= MOST_RANK:
+        raise UserError(f"{what} has the rank {rank!r}; it must be a whole number from 1 to {MOST_RANK}")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        raise UserError(f"{what} has lora_alpha={alpha!r}; it must be a number")
+    file = directory / WEIGHTS
+    if not file.is_file():
+        pickled = (
+            " (adapter_model.bin is a pickle, which can run code: convert it)" if list(directory.glob("*.bin")) else ""
+        )
+        raise UserError(f"{what} lacks {WEIGHTS}{pickled}; save it with PEFT's save_pretrained")
+    tensors: dict[str, dict[str, str]] = {}
+    for stored, info in read_header(file).items():
+        match = _NAME.fullmatch(stored)
+        place = None if match is None else places.get(match["layer"])
+        if match is None or place is None:
+            raise UserError(f"{what} holds the tensor {stored}, which changes no linear layer of this model")
+        rows, columns = place.shape
+        shape = (rank, columns) if match["matrix"] == "A" else (rows, rank)
+        if info.shape != shape:
+            raise UserError(f"{what}: tensor {stored} has shape {list(info.shape)}, the model asks for {list(shape)}")
+        tensors.setdefault(match["layer"], {})[match["matrix"]] = stored
+    for layer, matrices in tensors.items():
+        if len(matrices) < 2:
+            raise UserError(f"{what} lacks lora_{'B' if 'A' in matrices else 'A'} of {layer}; save it again")
+    scaling = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+    return Adapter(name, file, rank, scaling, tensors)
+
+
+def _config(directory: Path, what: str) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{what} lacks {CONFIG}; give a directory that PEFT's save_pretrained wrote") from None
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{what}: {CONFIG} is no JSON object; save the adapter again")
+    for key, allowed in _MUST_BE.items():
+        if config.get(key) not in allowed:
+            raise UserError(f"{what} has {key}={config.get(key)!r}, which is not supported; it must be {allowed[-1]!r}")
+    return config
+
+
+def load_adapters(model: CausalLM, adapters: list[Adapter], tp: TensorParallel, tokens: AdapterTokens) -> None:
+    """Put this rank's shards of all adapters onto the layers they change."""
+    rank = LEAST_RANK
+    while rank < max(adapter.rank for adapter in adapters):
+        rank *= 2
+    places = _places(model)
+    changed = {layer for adapter in adapters for layer in adapter.tensors}
+    device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+    for module, part in {places[layer].module: places[layer].part for layer in changed}.items():
+        rows, columns = module.weight.shape
+        starts = [0, rows]
+        if part is not None and isinstance(module, ColumnParallelLinear):
+            starts = [*(start for start, _, _ in module.offsets.values()), rows]
+        a = torch.zeros(len(adapters), (len(starts) - 1) * rank, columns, dtype=dtype, device=device)
+        b = torch.zeros(len(adapters), rows, rank, dtype=dtype, device=device)
+        module.lora = LoraWeights(a, b, starts, tokens)
+    for index, adapter in enumerate(adapters):
+        with safe_open(str(adapter.file), framework="pt", device="cpu") as file:
+            for layer, matrices in adapter.tensors.items():
+                place = places[layer]
+                a_part, b_part = (file.get_tensor(matrices[matrix]).float() for matrix in ("A", "B"))
+                _load(place, index, a_part, b_part * adapter.scaling, rank, tp)
+
+
+def _load(place: _Place, index: int, a: torch.Tensor, b: torch.Tensor, rank: int, tp: TensorParallel) -> None:
+    module = place.module
+    assert module.lora is not None
+    own, first = len(a), (place.part or 0) * rank
+    if isinstance(module, ColumnParallelLinear) and place.part is None:
+        b = module.rows_of_rank(b)
+        start, rows = 0, len(b)
+    elif isinstance(module, ColumnParallelLinear):
+        assert place.part is not None
+        start, rows, shard = list(module.offsets.values())[place.part]
+        b = b[shard * rows : (shard + 1) * rows]
+    else:
+        start, rows, columns = 0, len(b), module.weight.shape[1]
+        a = a[:, tp.rank * columns : (tp.rank + 1) * columns]
+    module.lora.a[index, first : first + own].copy_(a)
+    module.lora.b[index, start : start + rows, :own].copy_(b)
+
+
+def _places(model: CausalLM) -> dict[str, _Place]:
+    """Every linear layer of the blocks by its name in the checkpoint, with its shape as far as this rank has it."""
+    return dict(_linear_layers(model))
+
+
+def _linear_layers(model: CausalLM) -> Iterator[tuple[str, _Place]]:
+    names_of_parts = {packed: name for name, packed in model.packed_modules.items()}
+    for name, module in model.named_modules():
+        parent, _, own = name.rpartition(".")
+        if isinstance(module, ColumnParallelLinear) and (own, next(iter(module.offsets))) in names_of_parts:
+            for number, (part, (_, rows, _)) in enumerate(module.offsets.items()):
+                yield f"{parent}.{names_of_parts[own, part]}", _Place(module, number, (rows, module.weight.shape[1]))
+        elif isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            rows, columns = module.weight.shape
+            yield name, _Place(module, None, (rows, columns))
