@@ -78,8 +78,17 @@ def roofline(
     kv_bandwidth = bandwidth * min(tp, model.num_kv_heads)  # further ranks hold copies of KV heads
     bandwidth, flops = bandwidth * tp, flops * tp
     q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    # What every token passes through, and for a mixture of experts what it chooses among.
     attention_weights = model.hidden_size * (q_size + 2 * kv_size) + q_size * model.hidden_size
-    parameters = model.num_layers * (attention_weights + 3 * model.hidden_size * model.intermediate_size)
+    sparse = sum(layer.sparse for layer in model.layers)
+    whole = model.num_layers * attention_weights
+    whole += (model.num_layers - sparse) * 3 * model.hidden_size * model.intermediate_size
+    expert, experts, top_k = 0, 1, 1
+    if model.moe is not None:
+        experts, top_k = model.moe.num_experts, model.moe.experts_per_token
+        whole += sparse * experts * model.hidden_size
+        expert = sparse * 3 * model.hidden_size * model.moe.intermediate_size
+    parameters = whole + top_k * expert
     lm_head = model.vocab_size * model.hidden_size
     kv_token = 2 * model.num_layers * kv_size * kv_bytes
 
@@ -95,7 +104,9 @@ def roofline(
     for batch, context in decode_steps(lens, work.max_tokens, max_num_seqs):
         steps += 1
         attention_seconds = 4 * q_size * model.num_layers * context / flops
-        weights += max(parameters * weight_bytes / bandwidth, 2 * parameters * batch / flops)
+        # Tokens that choose at random hit so many different experts.
+        read = whole + expert * experts * (1 - (1 - top_k / experts) ** batch)
+        weights += max(read * weight_bytes / bandwidth, 2 * parameters * batch / flops)
         # All of the context is read, and one token a sequence written.
         kv += max((context + batch) * kv_token / kv_bandwidth, attention_seconds)
         kv_once += max((context - (batch - 1) * prefix + batch) * kv_token / kv_bandwidth, attention_seconds)
