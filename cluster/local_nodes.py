@@ -67,13 +67,19 @@ class Node(NamedTuple):
 class LocalNodes:
     """A cluster: a head without CPUs when it is entered, and the nodes that `add_node` adds.
 
+    Args:
+        head_cpus: CPUs of the head.
+        dashboard: with Ray's dashboard on the head, a dozen processes that start for some seconds. It writes
+            `prometheus_targets`; metrics are exported without it too.
+
     Attributes:
         nodes: those that live, in the order they were added; without the head.
     """
 
-    def __init__(self, head_cpus: int = 0) -> None:
+    def __init__(self, head_cpus: int = 0, dashboard: bool = False) -> None:
         self.nodes: list[Node] = []
         self._head_cpus = head_cpus
+        self._dashboard = dashboard
         self._head: Node | None = None
         self._added = 0
         self._address = ""
@@ -115,6 +121,11 @@ class LocalNodes:
             "HOME": str(home),
         }
 
+    @property
+    def prometheus_targets(self) -> Path:
+        """The file in which Ray's dashboard keeps the addresses that Prometheus scrapes. It comes some seconds after the head."""
+        return self._directory / "ray" / "prom_metrics_service_discovery.json"
+
     def start_head(self) -> Node:
         """Start a head, after `kill_head` a new one that knows nothing of the cluster before it."""
         assert self._keeper is None, "the head is running"
@@ -131,12 +142,20 @@ class LocalNodes:
                 text=True,
                 start_new_session=True,  # Ctrl-C is the caller's
             )
-        self._head = self._start(num_cpus=self._head_cpus, num_gpus=0, resources={})
+        dashboard = {"include_dashboard": True, "dashboard_host": HOST} if self._dashboard else {}
+        self._head = self._start(num_cpus=self._head_cpus, num_gpus=0, resources={}, **dashboard)
         return self._head
 
-    def add_node(self, num_cpus: int = 2, num_gpus: int = 0, resources: Mapping[str, float] | None = None) -> Node:
+    def add_node(
+        self,
+        num_cpus: int = 2,
+        num_gpus: int = 0,
+        resources: Mapping[str, float] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> Node:
         """Start a node and wait until it takes work. CPUs and GPUs are what Ray believes in; the machine need not have them."""
-        node = self._start(num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources or {}))
+        options = {"resources": dict(resources or {}), "labels": dict(labels or {})}
+        node = self._start(num_cpus=num_cpus, num_gpus=num_gpus, **options)
         self.nodes.append(node)
         return node
 
@@ -242,8 +261,7 @@ def keep() -> None:
                 nodes[request["add"]] = cluster.add_node(
                     node_ip_address=HOST,
                     object_store_memory=OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    **request["options"],
+                    **{"include_dashboard": False, **request["options"]},
                 )
                 pids = [process.pid for process in me.children() if process not in before]
                 reply = {"pids": pids, "address": cluster.address}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence as Sized
 from concurrent.futures import Future, wait
@@ -21,7 +22,7 @@ from nanovllm.engine.row_sampling import SamplingInput, build_sampling_input, no
 from nanovllm.engine.scheduler import ScheduledSequence, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.shared_prefix import PrefixSharing
-from nanovllm.engine.stats import EngineStats
+from nanovllm.engine.stats import EngineStats, StepTimes
 from nanovllm.outputs import RequestOutput
 from nanovllm.preflight import check_model
 from nanovllm.sampling_params import SamplingParams
@@ -30,6 +31,8 @@ from nanovllm.utils.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from nanovllm.engine.ranks import RankLauncher
 
 
 class Flight(NamedTuple):
@@ -64,6 +67,7 @@ class LLMEngine:
 
     Args:
         model: local directory or hub id; options: fields of `EngineConfig`.
+        launcher: makes the ranks of tensor parallelism; None: as child processes.
 
     Raises:
         UserError: an unknown option, or a model that cannot run; nothing has been loaded then.
@@ -73,20 +77,21 @@ class LLMEngine:
     # Whose masks the step had that sampled last, and those masks.
     masked: tuple[list[int], npt.NDArray[np.int32]]
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str, *, launcher: RankLauncher | None = None, **options: Any) -> None:
         self.config = EngineConfig.create(model, **options)
         self.poison = Poison.from_environment()
         self.model_config = check_model(self.config)
         positions = self.model_config.rope.max_position(self.model_config.max_position_embeddings)
         self.max_model_len = min(self.config.max_model_len, positions)
         self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(self.config)
-        self.executor = create_executor(self.config, self.model_config, self.max_model_len)
+        self.executor = create_executor(self.config, self.model_config, self.max_model_len, launcher)
         get_logger(__name__).info("%s: %s", self.config.model, self.executor.summary)
         self.requests = RequestMaker(
             self.config, self.model_config, self.tokenizer, self.max_model_len, self.executor.num_kvcache_blocks
         )
         self._start_empty()
         self.steps = self.prompt_tokens = self.generated_tokens = self.cached_tokens = 0
+        self.step_times = StepTimes()
 
     @property
     def max_prompt_len(self) -> int:
@@ -149,6 +154,7 @@ class LLMEngine:
         Raises:
             EngineDeadError: a rank died; this engine cannot be used any more.
         """
+        began = time.perf_counter()
         batch = order_batch(self.scheduler.schedule())
         asked = build_sampling_input(batch, self.model_config.vocab_size)
         work = build_model_input(batch, asked is not None, bool(self.config.lora_adapters)) if batch else None
@@ -173,6 +179,8 @@ class LLMEngine:
         if self.in_flight and (not batch or len(self.in_flight) > self.config.async_scheduling):
             self._sample()
             self._apply(self._read(), finished)
+        if batch:
+            self.step_times.add(time.perf_counter() - began)
         return finished
 
     def _sample(self) -> None:
@@ -346,6 +354,8 @@ class LLMEngine:
             cached_tokens=self.cached_tokens,
             preemptions=self.scheduler.num_preemptions,
             kv_usage=1 - self.block_manager.num_free_blocks / total,
+            step_s=self.step_times.seconds,
+            step_times=tuple(self.step_times.counts),
         )
 
     def exit(self) -> None:

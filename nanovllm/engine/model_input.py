@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanovllm.engine.scheduler import ScheduledSequence
-from nanovllm.engine.shared_prefix import SharedPrefixes
+from nanovllm.utils.prefixes import SharedPrefixes
 
 Ints = npt.NDArray[np.int64]
 

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nanovllm.engine.scheduler import ScheduledSequence
+from nanovllm.utils.prefixes import MOST_LEVELS, Capacity, SharedPrefixes, Table
 
 Ints = npt.NDArray[np.int64]
-Table = npt.NDArray[np.int32]
 
 # A stretch is worth its own program from so many tokens on, and where it saves so many tokens of reading.
 LEAST_TOKENS = 128
@@ -24,40 +24,9 @@ LEAST_SAVED = 512
 LEAST_SAVED_STEP = 8192
 # What joining one partial result costs, in tokens of reading.
 ENTRY_TOKENS = 8
-MOST_LEVELS = 4
 # A stretch is cut into parts of so many tokens, or fewer where there are few programs without it.
 LEAST_PART = 256
 TARGET_ITEMS = 64
-
-
-class Capacity(NamedTuple):
-    """Sizes of the device's arrays."""
-
-    items: int
-    members: int
-    entries: int
-
-    @classmethod
-    def of(cls, max_num_seqs: int) -> Capacity:
-        """For so many sequences."""
-        return cls(4 * max_num_seqs, MOST_LEVELS * max_num_seqs, 8 * max_num_seqs)
-
-
-class SharedPrefixes(NamedTuple):
-    """What D decodes share.
-
-    Attributes:
-        items: [I, 6] work on one part of a stretch for a tile of its members: the state slot whose blocks are read, first token, end,
-            first of its members and how many, and which of their partial results it is.
-        members: [M] state slots.
-        rows: [4, D] of each decode: its state slot, tokens that are shared, first partial result and how many.
-        saved: tokens that need not be read.
-    """
-
-    items: Table
-    members: Table
-    rows: Table
-    saved: int
 
 
 class _Stretch(NamedTuple):

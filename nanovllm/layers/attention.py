@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,7 @@ from torch import nn
 from nanovllm.errors import UserError
 from nanovllm.kernels.triton_compat import HAS_TRITON
 from nanovllm.utils.context import ForwardContext
-
-if TYPE_CHECKING:
-    from nanovllm.engine.shared_prefix import Capacity, SharedPrefixes
+from nanovllm.utils.prefixes import Capacity, SharedPrefixes
 
 Ints = npt.NDArray[np.int64]
 NO_CHUNKS = np.zeros(0, dtype=np.int64)

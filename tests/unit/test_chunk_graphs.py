@@ -71,7 +71,7 @@ PARAMS = [
         max_tokens=RNG.randint(1, 5),
         seed=i,
         top_k=5 * (i % 4 == 3),
-        prompt_logprobs=1 if i in (3, 5) else None,
+        prompt_logprobs=1 if i in (3, 4) else None,
     )
     for i in range(len(PROMPTS))
 ]
@@ -109,7 +109,7 @@ def test_padded_steps_give_the_same_tokens(
         scored.append([scores(output) for output in outputs])
         if graphs is not None:
             replays = {shape: graph.count for shape, (graph, _) in graphs.graphs.items()}  # type: ignore[attr-defined]
-            assert sum(replays.values()) >= 4, replays
+            assert sum(replays.values()) >= 3, replays
             assert all(count < cuda_graph.CAPTURE_AT for shape, count in graphs.wanted.items() if shape not in replays)
         llm.exit()
     assert found[0] == found[1]

@@ -71,6 +71,13 @@ def test_overrides_may_stand_between_flags() -> None:
     assert command.config.engine.max_num_seqs == 4
 
 
+def test_the_flag_quiet_is_a_setting() -> None:
+    usual = ["--model", "m", "--input", "i", "--output", "o"]
+    assert not load(usual).config.run.quiet
+    assert load([*usual, "--quiet"]).config.run.quiet
+    assert load([*usual, "run.quiet=false", "--quiet"]).config.run.quiet
+
+
 def test_demo_needs_nothing_else() -> None:
     command = load(["--demo"])
     assert command.demo

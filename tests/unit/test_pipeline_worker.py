@@ -16,6 +16,7 @@ import pytest
 
 import pipelines.worker
 from nanovllm import EngineDeadError, RequestOutput, SamplingParams
+from nanovllm.engine.stats import EngineStats
 from pipelines.attempts import AttemptLog
 from pipelines.commit import Journal, OutputDirectory, read_journal
 from pipelines.inputs import list_dataset, measure
@@ -43,6 +44,9 @@ class FakeEngine:
 
     def shutdown(self) -> None:
         pass
+
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 1, 0, 0, 0, 0, 0.0)
 
     def submit(self, prompt: str, params: SamplingParams) -> Future[RequestOutput]:
         self.prompts.append(prompt)

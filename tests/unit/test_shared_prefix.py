@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanovllm.engine import shared_prefix
-from nanovllm.engine.shared_prefix import Capacity, SharedPrefixes, find_shared
+from nanovllm.engine.shared_prefix import find_shared
 from nanovllm.kernels import paged_decode as paged_decode_module
 from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch
 from nanovllm.kernels.paged_decode import decode_tile, make_decode_buffers, paged_decode, plan_decode
@@ -22,6 +22,7 @@ from nanovllm.kernels.shared_prefix import (
     members_of_tile,
 )
 from nanovllm.kernels.triton_compat import HAS_TRITON
+from nanovllm.utils.prefixes import Capacity, SharedPrefixes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,8 @@ from nanovllm.kernels.paged_decode import (
 from nanovllm.kernels.paged_prefill import most_prefill_tiles, paged_prefill, prefill_tiles
 from nanovllm.kernels.shared_prefix import SharedBuffers, attend_shared, make_shared_buffers, members_of_tile
 from nanovllm.layers.attention import AttentionBackend, AttentionBatch, AttentionSpec, Ints
+from nanovllm.utils.prefixes import Capacity, SharedPrefixes
 from nanovllm.utils.transfer import to_device
-
-if TYPE_CHECKING:
-    from nanovllm.engine.shared_prefix import Capacity, SharedPrefixes
 
 
 class TritonPlan(NamedTuple):
