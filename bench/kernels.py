@@ -13,7 +13,7 @@ import time
 import torch
 from common import save
 
-from nanovllm.layers.attention import AttentionBatch
+from nanovllm.layers.attention import AttentionBatch, AttentionSpec
 from nanovllm.layers.backends.torch_backend import TorchBackend
 
 
@@ -49,11 +49,13 @@ def best_ms(backend: TorchBackend, batch: AttentionBatch, repeats: int = 15) -> 
     shape = (blocks, batch.block_size, backend.num_kv_heads, backend.head_dim)
     k_cache, v_cache = torch.randn(shape), torch.randn(shape)
     q = torch.randn(len(batch.decode_slots), backend.num_heads, backend.head_dim)
+    spec = AttentionSpec(backend.head_dim**-0.5)
+    backend.add_window(spec.window)
     plan = backend.plan(batch)
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        backend.attend(q, k_cache, v_cache, plan)
+        backend.attend(q, k_cache, v_cache, plan, spec)
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:]) * 1e3
 

@@ -19,9 +19,9 @@ from common import Workload, add_workload_arguments, model_dir, save, workload_s
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.registry import ARCHITECTURES
 from nanovllm.utils.hub import resolve_model
+from nanovllm.utils.roofline import ELEMENT_BYTES, H200, Costs
 
-BANDWIDTH, FLOPS = 4.3e12, 790e12
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+BANDWIDTH, FLOPS = H200.bandwidth, H200.flops
 
 
 class Roofline(NamedTuple):
@@ -73,35 +73,20 @@ def roofline(
 
     `weight_bytes` and `kv_bytes` are those of one element (default: the model's type); `max_num_seqs` None is no cap.
     """
-    weight_bytes = weight_bytes or _BYTES[model.dtype]
-    kv_bytes = kv_bytes or _BYTES[model.dtype]
-    kv_bandwidth = bandwidth * min(tp, model.num_kv_heads)  # further ranks hold copies of KV heads
-    bandwidth, flops = bandwidth * tp, flops * tp
-    q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    attention_weights = model.hidden_size * (q_size + 2 * kv_size) + q_size * model.hidden_size
-    parameters = model.num_layers * (attention_weights + 3 * model.hidden_size * model.intermediate_size)
-    lm_head = model.vocab_size * model.hidden_size
-    kv_token = 2 * model.num_layers * kv_size * kv_bytes
-
-    # Prefill is bound by arithmetic: the linear layers, causal attention (half of 4 * q_size * n * n a layer) and one
-    # lm_head row a prompt. A shared prefix is computed once.
+    costs = Costs.of(model, tp=tp, weight_bytes=weight_bytes, kv_bytes=kv_bytes, bandwidth=bandwidth, flops=flops)
+    # A shared prefix is computed once.
     lens, prefix = [len(prompt) for prompt in work.prompts], work.prefix_len
     tokens = prefix + sum(n - prefix for n in lens)
     pairs = prefix**2 + sum(n**2 - prefix**2 for n in lens)
-    prefill = (2 * parameters * tokens + 2 * q_size * model.num_layers * pairs + 2 * lm_head * len(lens)) / flops
-
+    prefill = costs.prefill(tokens, pairs, len(lens))
     weights = kv = kv_once = logits = 0.0
     steps = 0
     for batch, context in decode_steps(lens, work.max_tokens, max_num_seqs):
         steps += 1
-        attention_seconds = 4 * q_size * model.num_layers * context / flops
-        weights += max(parameters * weight_bytes / bandwidth, 2 * parameters * batch / flops)
-        # All of the context is read, and one token a sequence written.
-        kv += max((context + batch) * kv_token / kv_bandwidth, attention_seconds)
-        kv_once += max((context - (batch - 1) * prefix + batch) * kv_token / kv_bandwidth, attention_seconds)
-        # Logits are written once, in two bytes each.
-        lm_head_bytes = lm_head * weight_bytes + 2 * batch * model.vocab_size
-        logits += max(lm_head_bytes / bandwidth, 2 * lm_head * batch / flops)
+        weights += costs.weights(batch)
+        kv += costs.kv(batch, context)
+        kv_once += costs.kv(batch, context, read=context - (batch - 1) * prefix)
+        logits += costs.logits(batch)
     return Roofline(prefill, weights, kv, logits, kv_once, steps)
 
 
@@ -132,7 +117,7 @@ def engine_roofline(
 ) -> Roofline:
     """`roofline` of an engine with these options, at the ceilings of `add_ceiling_arguments`."""
     dtype = options.get("dtype", "auto")
-    element = _BYTES[model.dtype if dtype == "auto" else dtype]
+    element = ELEMENT_BYTES[model.dtype if dtype == "auto" else dtype]
     eight_bit_kv = "8" in str(options.get("kv_cache_dtype", "auto"))
     return roofline(
         model,

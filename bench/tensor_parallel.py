@@ -30,7 +30,7 @@ from common import SHAPES, model_dir, save
 from correctness import random_prompts, write_model
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.executor import RANK_ENVIRONMENT
+from nanovllm.engine.ranks import RANK_ENVIRONMENT
 from nanovllm.layers import parallel
 
 HIDDEN = 4096

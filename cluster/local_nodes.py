@@ -146,9 +146,16 @@ class LocalNodes:
         self._head = self._start(num_cpus=self._head_cpus, num_gpus=0, resources={}, **dashboard)
         return self._head
 
-    def add_node(self, num_cpus: int = 2, num_gpus: int = 0, resources: Mapping[str, float] | None = None) -> Node:
+    def add_node(
+        self,
+        num_cpus: int = 2,
+        num_gpus: int = 0,
+        resources: Mapping[str, float] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> Node:
         """Start a node and wait until it takes work. CPUs and GPUs are what Ray believes in; the machine need not have them."""
-        node = self._start(num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources or {}))
+        options = {"resources": dict(resources or {}), "labels": dict(labels or {})}
+        node = self._start(num_cpus=num_cpus, num_gpus=num_gpus, **options)
         self.nodes.append(node)
         return node
 

@@ -18,12 +18,14 @@ from nanovllm.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from nanovllm.engine.ranks import RankLauncher
+
 
 class AsyncLLM:
     """A running engine. Every method may be called from any thread. See `LLMEngine` for the arguments and errors."""
 
-    def __init__(self, model: str, **options: Any) -> None:
-        self._engine = LLMEngine(model, **options)
+    def __init__(self, model: str, *, launcher: RankLauncher | None = None, **options: Any) -> None:
+        self._engine = LLMEngine(model, launcher=launcher, **options)
         self._futures: dict[int, Future[RequestOutput]] = {}
         self._new: deque[Sequence] = deque()
         self._cancelled: deque[Sequence] = deque()

@@ -26,6 +26,9 @@ class EngineConfig(BaseModel):
         0.9, gt=0, le=1, description="Fraction of the GPU's memory this engine may use."
     )
     tensor_parallel_size: int = Field(1, ge=1, description="Ranks that share one copy of the model.")
+    enable_expert_parallel: bool = Field(
+        False, description="Ranks share a mixture's experts, each whole on one rank, not the features of every expert."
+    )
     enforce_eager: bool = Field(False, description="Run without CUDA graphs.")
     kvcache_block_size: int = Field(64, description="Tokens of one KV cache block: a power of two from 16 to 256.")
     async_scheduling: bool = Field(

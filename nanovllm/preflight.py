@@ -27,6 +27,12 @@ def check_model(config: EngineConfig) -> ModelConfig:
     """
     model_dir = resolve_model(config.model)
     model_config = ModelConfig.from_dir(model_dir, ARCHITECTURES)
+    if config.enable_expert_parallel:
+        if model_config.moe is None:
+            raise UserError(
+                f"enable_expert_parallel=True: {config.model} ({model_config.architecture}) has no experts; leave it out"
+            )
+        model_config = dataclasses.replace(model_config, moe=model_config.moe._replace(parallel=True))
     check_tensor_parallel(model_config, config.tensor_parallel_size)
     if config.load_format == "auto" or config.lora_adapters:
         import torch
@@ -85,11 +91,17 @@ def check_tensor_parallel(model: ModelConfig, size: int) -> None:
     Raises:
         UserError: naming the number that does not divide.
     """
-    for what, number in (("attention heads", model.num_heads), ("feed-forward features", model.intermediate_size)):
+    numbers = {"attention heads": model.num_heads}
+    if not all(layer.sparse for layer in model.layers):
+        numbers["feed-forward features"] = model.intermediate_size
+    if model.moe is not None and model.moe.parallel:
+        numbers["experts"] = model.moe.num_experts
+    elif model.moe is not None:
+        numbers["features of an expert"] = model.moe.intermediate_size
+    for what, number in numbers.items():
         if number % size:
             raise UserError(
-                f"tensor_parallel_size={size} does not divide the model's {number} {what}; "
-                f"use {_divisors(model.num_heads, model.intermediate_size)}"
+                f"tensor_parallel_size={size} does not divide the model's {number} {what}; use {_divisors(*numbers.values())}"
             )
     if model.num_kv_heads % size and size % model.num_kv_heads:
         raise UserError(

@@ -8,6 +8,7 @@ Workers journal and commit through `OutputDirectory`; the driver creates it, ask
     OUT/_run/                    job.json, plan.parquet, input.parquet, config.yaml, report.json, report.html
     OUT/_run/journal/<shard>/    finished rows of shards in flight, one file an attempt; <shard>.attempts: see `attempts`
     OUT/_run/ledger/             what each committed shard counted, one file a driver
+    OUT/_run/history/            what happened in each start, for the report; see `history`
     OUT/_run/lease-*.json        who writes here; see `lease`
     OUT/_run/tmp/                files on their way to their name
 """
@@ -19,11 +20,10 @@ import json
 import re
 import struct
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -34,9 +34,7 @@ from nanovllm import UserError
 from pipelines.inputs import InputFile
 from pipelines.plan import Shard, files_from_table, files_to_table, shards_from_table, shards_to_table
 from pipelines.results import RowResult, results_from_table, results_to_table
-from pipelines.storage import Location, children, delete_tree, exists, kind, put, read, resolve
-
-T = TypeVar("T")
+from pipelines.storage import Location, children, delete_tree, exists, kind, pause_s, put, read, resolve, retrying
 
 MAGIC = b"nvR1"
 HEADER = struct.Struct("<4sQQ")  # magic, length of the payload, xxh64 of the payload
@@ -177,27 +175,9 @@ def read_journal(directory: Location, rows: int) -> dict[int, RowResult]:
     return finished
 
 
-def retrying(write: Callable[[], T], retries: int, sleep: Callable[[float], None] = time.sleep) -> T:
-    """Call `write` until it succeeds, waiting 1, 2, 4 ... seconds (at most 30) after each `OSError`.
-
-    Raises:
-        OSError: the last failure, after `retries` retries.
-    """
-    for attempt in range(retries):
-        try:
-            return write()
-        except OSError:
-            sleep(_pause_s(attempt))
-    return write()
-
-
 def backoff_s(retries: int) -> float:
     """For how long `retrying` waits in all."""
-    return sum(map(_pause_s, range(retries)))
-
-
-def _pause_s(attempt: int) -> float:
-    return min(30.0, 2.0**attempt)
+    return sum(map(pause_s, range(retries)))
 
 
 class OutputDirectory:
@@ -286,6 +266,10 @@ class OutputDirectory:
     def ledger(self) -> Location:
         """Where drivers record what committed shards counted."""
         return self.run.child("ledger")
+
+    def history(self) -> Location:
+        """Where drivers record what happened in their start."""
+        return self.run.child("history")
 
     def succeeded(self) -> bool:
         """Whether an earlier start finished the job."""

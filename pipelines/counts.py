@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.columns import OutputColumns
+from pipelines.plan import Shard
 
 COUNTED = ("finish_reason", "num_input_tokens", "num_generated_tokens", "error")
+SAMPLES_EACH = 3  # error messages kept of a kind
+KINDS = 20  # of errors of which messages are kept
+MESSAGE_CHARS = 400
 BUCKETS = 24  # of the length histograms: bucket i holds lengths from 2**(i-1) to 2**i - 1, bucket 0 holds 0
+
+
+class ErrorSample(NamedTuple):
+    """One row with an error: its kind as in `Counts.errors`, input file, row number there (from 0), and message."""
+
+    kind: str
+    file: str
+    row: int
+    message: str
 
 
 @dataclass
@@ -23,6 +36,8 @@ class Counts:
     """Sums over input rows, and over their samples: finish reasons and generated tokens are of samples, all else is of rows.
 
     Histograms count by the bit length of a number of tokens. A row one of whose samples failed is a row with an error.
+    `prompt_pairs` and `decode_context` are what attention has to do: squares of the prompts' lengths, and the tokens that each
+    generated token but a text's first attends to. `error_samples` are a few errors in full.
     """
 
     rows: int = 0
@@ -35,6 +50,14 @@ class Counts:
     errors: dict[str, int] = field(default_factory=dict)
     input_lengths: list[int] = field(default_factory=lambda: [0] * BUCKETS)
     generated_lengths: list[int] = field(default_factory=lambda: [0] * BUCKETS)
+    prompt_pairs: int = 0
+    decode_context: int = 0
+    error_samples: list[ErrorSample] = field(default_factory=list, compare=False)
+
+    @property
+    def decode_tokens(self) -> int:
+        """Generated tokens but the first of each text."""
+        return self.generated_tokens - (self.samples - self.generated_lengths[0])
 
     def add(self, other: Counts) -> None:
         """Add the rows of `other` to these."""
@@ -48,6 +71,9 @@ class Counts:
         self.errors = dict(Counter(self.errors) + Counter(other.errors))
         self.input_lengths = _sum(self.input_lengths, other.input_lengths)
         self.generated_lengths = _sum(self.generated_lengths, other.generated_lengths)
+        self.prompt_pairs += other.prompt_pairs
+        self.decode_context += other.decode_context
+        keep_few(self.error_samples, other.error_samples)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -56,7 +82,8 @@ class Counts:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Counts:
         """The reverse of `as_dict`."""
-        return cls(**values)
+        samples = [ErrorSample(*sample) for sample in values.get("error_samples", ())]
+        return cls(**{**values, "error_samples": samples})
 
 
 def counted(columns: OutputColumns) -> list[str]:
@@ -64,8 +91,11 @@ def counted(columns: OutputColumns) -> list[str]:
     return [columns.name(name) for name in COUNTED]
 
 
-def count_rows(table: pa.Table, columns: OutputColumns) -> Counts:
-    """Count rows of an output file; `table` has the `counted` columns, and perhaps others."""
+def count_rows(table: pa.Table, columns: OutputColumns, shard: Shard | None = None) -> Counts:
+    """Count rows of an output file; `table` has the `counted` columns, and perhaps others.
+
+    `shard` says where its rows come from; without it no error is kept in full.
+    """
     reasons, inputs, generated, errors = (table[name] for name in counted(columns))
     if columns.lists:
         reasons, generated = (
@@ -78,19 +108,46 @@ def count_rows(table: pa.Table, columns: OutputColumns) -> Counts:
         starts = range(0, len(messages), columns.n)
         messages = [next(filter(None, messages[start : start + columns.n]), None) for start in starts]
     failed = [error_kind(message) for message in messages if message is not None]
+    samples: list[ErrorSample] = []
+    if shard is not None:
+        rows = ((row, message) for row, message in enumerate(messages) if message is not None)
+        first_row = shard.first_row
+        found = (
+            ErrorSample(kind, shard.file, first_row + row, message[:MESSAGE_CHARS])
+            for kind, (row, message) in zip(failed, rows, strict=True)
+        )
+        keep_few(samples, found)
     cached = columns.name("num_cached_tokens")
+    generated = generated.to_numpy().astype(np.int64)
+    after_first = np.maximum(generated - 1, 0)
+    contexts = np.repeat(prompts.astype(np.int64), len(generated) // max(1, len(prompts)))
     return Counts(
         rows=len(prompts),
         samples=len(reasons),
         error_rows=len(failed),
         input_tokens=int(prompts.sum(dtype=np.int64)),
-        generated_tokens=int(generated.to_numpy().sum(dtype=np.int64)),
+        generated_tokens=int(generated.sum()),
         cached_tokens=int(table[cached].to_numpy()[first].sum(dtype=np.int64)) if cached in table.column_names else 0,
         finish_reasons=dict(Counter(reasons.to_pylist())),
         errors=dict(Counter(failed)),
         input_lengths=_histogram(prompts),
-        generated_lengths=_histogram(generated.to_numpy()),
+        generated_lengths=_histogram(generated),
+        prompt_pairs=int(np.square(prompts, dtype=np.int64).sum()),
+        decode_context=int((after_first * contexts + generated * after_first // 2).sum()),
+        error_samples=samples,
     )
+
+
+def keep_few(kept: list[ErrorSample], more: Iterable[ErrorSample]) -> list[ErrorSample]:
+    """Add to `kept` what is new there: up to `SAMPLES_EACH` of a kind, of up to `KINDS` kinds. Returns what was added."""
+    counts = Counter(sample.kind for sample in kept)
+    added = []
+    for sample in more:
+        if counts[sample.kind] < SAMPLES_EACH and (sample.kind in counts or len(counts) < KINDS):
+            counts[sample.kind] += 1
+            added.append(sample)
+    kept += added
+    return added
 
 
 def error_kind(message: str) -> str:
@@ -98,7 +155,7 @@ def error_kind(message: str) -> str:
     return re.sub(r"\d+", "N", message)
 
 
-def _histogram(lengths: NDArray[np.int32]) -> list[int]:
+def _histogram(lengths: NDArray[np.integer[Any]]) -> list[int]:
     bits = np.ceil(np.log2(lengths.astype(np.float64) + 1)).astype(np.int64)
     buckets: list[int] = np.bincount(np.minimum(bits, BUCKETS - 1), minlength=BUCKETS).tolist()
     return buckets

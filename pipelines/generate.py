@@ -14,9 +14,11 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,21 +27,26 @@ if __name__ == "__main__":  # run as a script: the repository is the root of imp
 
 import pyarrow as pa
 
-from cluster.placement import Placement, local_gpus, place
+from cluster.address import check_reachable, cluster_address
+from cluster.groups import ActorRanks, actor_options
+from cluster.placement import Placement, eligible, local_gpus, place
 from nanovllm import SamplingParams, UserError
 from pipelines.batch_results import NAME as RESULTS
 from pipelines.batch_results import BatchResults
 from pipelines.columns import OutputColumns, check_names, output_columns
 from pipelines.commit import JobFile, OutputDirectory, RecordLog, backoff_s, output_schema, read_records, retrying
-from pipelines.counts import Counts, count_rows, counted
+from pipelines.counts import Counts, ErrorSample, count_rows, counted, keep_few
+from pipelines.history import History
 from pipelines.inputs import Dataset, list_dataset, measure, read_rows
 from pipelines.job import Command, JobConfig, load
 from pipelines.lease import Lease, LeaseLost
 from pipelines.metrics import JobMetrics
+from pipelines.models import look, model_name, named, source_of
 from pipelines.plan import Identity, Shard, differences, identity, make_shards
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
 from pipelines.prompts import Rendered
-from pipelines.report import build_report, to_html, to_json
+from pipelines.report import build_report, to_json
+from pipelines.report_page import to_html
 from pipelines.requests import Requests, per_row_parameters
 from pipelines.row_values import RowError
 from pipelines.rows import Engine
@@ -82,9 +89,12 @@ def main(arguments: Sequence[str] | None = None, engine: Callable[..., Engine] |
     """Run the command line and return its exit status. `engine` as in `run_job`."""
     try:
         command = load(sys.argv[1:] if arguments is None else arguments)
+        address = cluster_address(command.address, os.environ)
         if command.print_config:
             print(command.config.as_yaml(), end="")
             return 0
+        if command.address is not None:
+            os.environ["RAY_ADDRESS"] = address  # for Ray's own processes too
         return _run(command, engine)
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -113,6 +123,7 @@ def _run(command: Command, engine: Callable[..., Engine] | None) -> int:
     if job.owner is not None and output.succeeded():
         _say_finished(job)
     else:
+        check_reachable(_ray_address())
         _check_model(job)
         run_job(job, output, engine)
     if command.demo:
@@ -173,8 +184,11 @@ def _check_model(job: Job) -> tuple[Requests, PreTrainedTokenizerBase]:
     from nanovllm.utils.tokenizer import load_tokenizer
 
     config = job.config
-    model = check_model(config.engine)
-    tokenizer = load_tokenizer(config.engine)
+    directory = look(config.model, config.run.model_cache, config.engine.load_format == "auto")
+    engine = config.engine.model_copy(update={"model": str(directory)})
+    with named(config.model, directory):
+        model = check_model(engine)
+        tokenizer = load_tokenizer(engine)
     if tokenizer is None:
         raise UserError(f"model {config.model!r} has no tokenizer; put its tokenizer.json into the directory")
     longest = min(config.engine.max_model_len, model.rope.max_position(model.max_position_embeddings))
@@ -183,7 +197,7 @@ def _check_model(job: Job) -> tuple[Requests, PreTrainedTokenizerBase]:
             f"sampling.max_tokens={config.sampling.max_tokens} leaves no room for a prompt in {longest} tokens, to which "
             f"prompt.too_long={config.prompt.too_long} would cut it; lower it or raise engine.max_model_len"
         )
-    check_sampling(config.engine, config.sampling, model, tokenizer)
+    check_sampling(engine, config.sampling, model, tokenizer)
     requests = Requests(config, job.schema, config.run.seed)
     requests.attach(tokenizer, config.model)
     return requests, tokenizer
@@ -247,7 +261,7 @@ def run_job(job: Job, output: OutputDirectory, engine: Callable[..., Engine] | N
     """
     if _ray_address() == "local" and _pending(job, output):
         # The cluster is this machine: what it lacks is refused before a file is written.
-        _place(job.config, local_gpus())
+        _place(job.config, [local_gpus()])
     run = job.config.run
     with StopSignals(FAILED) as stop:
         lease = Lease(output.run, job.config.output, run.lease_s, backoff_s(run.write_retries), stop.interrupt)
@@ -337,9 +351,10 @@ def _ray(stop: StopSignals, quiet: bool) -> Iterator[None]:
     try:
         try:
             ray.init(address=address, **options)
-        except ConnectionError as error:
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise UserError(
-                f"no Ray cluster at RAY_ADDRESS={address!r}: {_one_line(error)}; unset it to run here"
+                f"no Ray cluster at RAY_ADDRESS={address!r}: {_one_line(error)}; one with token authentication wants RAY_AUTH_MODE=token "
+                "and its token (RAY_AUTH_TOKEN, ~/.ray/auth_token); without an address the job runs here"
             ) from None
         except SystemExit:  # while Ray starts, the handler of SIGTERM is its own
             stop.finish()
@@ -350,15 +365,25 @@ def _ray(stop: StopSignals, quiet: bool) -> Iterator[None]:
         ray.shutdown()
 
 
-def _place(config: JobConfig, gpus: float) -> Placement:
-    return place(config.engine, config.run.replicas, config.run.num_gpus, gpus)
+def _place(config: JobConfig, node_gpus: Sequence[float]) -> Placement:
+    return place(config.engine, config.run.replicas, config.run.num_gpus, node_gpus, config.run.group)
 
 
 def _place_on_cluster(config: JobConfig) -> Placement:
-    """Where the job's engines go on the cluster that Ray is connected to."""
+    """Where the job's engines go on the cluster that Ray is connected to.
+
+    Raises:
+        UserError: it has no place for them, and will not get one.
+    """
     import ray
 
-    return _place(config, ray.cluster_resources().get("GPU", 0))
+    nodes = eligible(ray.nodes(), config.run.selectors)
+    if not nodes:
+        asked = " or ".join(map(str, config.run.selectors))
+        if _ray_address() == "local":
+            raise UserError(f"run.label_selector: this machine has no labels {asked}; leave it out to run here")
+        print(f"no node has labels {asked} yet; engines wait for one", flush=True)
+    return _place(config, [node["Resources"].get("GPU", 0) for node in nodes])
 
 
 def _say(config: JobConfig, line: str) -> None:
@@ -391,7 +416,10 @@ class Run:
         self._name = uuid.uuid4().hex
         self._apart: list[Shard] = []
         self._given_up = 0  # shards in a row
-        self._watchdog = Watchdog(job.config.run.hang_s)
+        self._history = History(output.history(), self._name, lambda: progress.seconds)
+        self._words = 0  # of the board that the history has
+        self._error_samples: list[ErrorSample] = []  # that the ledger has
+        self._watchdog = Watchdog(job.config.run.hang_s, self._note_hang)
         self._ledger = RecordLog(output.ledger())
         self._unwritten: list[ShardResult] = []
         self._written_at = time.monotonic()
@@ -415,22 +443,32 @@ class Run:
         finished = threading.Event()
         printer = threading.Thread(target=self._print_progress, args=(board, finished), daemon=True)
         printer.start()
+        self._history.begin()
+        threading.Thread(target=self._history.write_regularly, args=(finished,), name="history", daemon=True).start()
         stop.before = lambda: self._flush_workers(board)
         shards = {shard.index: shard for shard in pending}
         try:
             for result in self._results_of(pending, board):
                 self._take(result, shards[result.index])
             if self._apart:
-                _say(self._config, f"engines died; suspect rows of {len(self._apart):,} shards are now tried apart")
+                words = f"suspect rows of {len(self._apart):,} shards are now tried apart"
+                _say(self._config, f"engines died; {words}")
+                self._history.note("apart", words)
                 for result in self._results_of(self._apart, board, apart=True):
                     self._take(result, shards[result.index])
             finished.set()
             printer.join()
             self._look(board)
-        except JobFailed:
+        except JobFailed as error:
+            self._history.end("failed", str(error))
             raise
         except Exception as error:  # Ray and Ray Data raise many kinds; each ends this start
-            raise JobFailed(_root_cause(error)) from None
+            cause = _root_cause(error)
+            self._history.end("failed", cause)
+            raise JobFailed(cause) from None
+        except Stopped:
+            self._history.end("stopped", "by SIGTERM or Ctrl-C")
+            raise
         finally:
             stop.before = lambda: None
             finished.set()
@@ -438,6 +476,8 @@ class Run:
                 self._write_ledger()
             printer.join(timeout=1)
             self._progress.end()
+        self._history.look(_read_board(board, timeout_s=5) or [])
+        self._hear_words(board)
 
     def _results_of(
         self, pending: Sequence[Shard], board: ActorHandle[Any], apart: bool = False
@@ -448,7 +488,7 @@ class Run:
         import ray
         from ray.data import ActorPoolStrategy, DataContext
 
-        from pipelines.source import stream_shards
+        from pipelines.source import in_flight, stream_shards
         from pipelines.worker import ShardResult, ShardWorker, Task
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -463,6 +503,7 @@ class Run:
         context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
         context.execution_no_progress_timeout_s = -1  # a shard may take hours on a small machine
         nodes = max(1, sum(node["Alive"] for node in ray.nodes()))
+        source = source_of(self._config)
         task = Task(
             self._config.as_dict(),
             self._owner.token if self._owner else "",
@@ -473,48 +514,66 @@ class Run:
             self._job.schema,
             None if self._placement.num_gpus else -(-self._placement.max_actors // nodes),
             self._engine,
+            source,
+            ActorRanks(None if source is None else partial(source.fetch, self._config.run.write_retries))
+            if self._placement.spanning
+            else None,
         )
-        at_once = 1 if apart else self._config.run.shards_in_flight
-        dataset = stream_shards(pending).map_batches(
-            ShardWorker,
-            fn_constructor_args=(task, board),
-            batch_size=1,
-            num_cpus=self._config.run.num_cpus,
-            num_gpus=self._placement.num_gpus,
-            compute=ActorPoolStrategy(
-                min_size=self._placement.min_actors,
-                max_size=self._placement.max_actors,
-                max_concurrent_calls_per_actor=at_once,
-                max_tasks_in_flight_per_actor=at_once + 1,
-            ),
-        )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-            for text in batch["result"].to_pylist():
-                yield ShardResult(**json.loads(text))
+        run = self._config.run
+        least, most = self._placement.min_actors, self._placement.max_actors
+        at_once, given = in_flight(len(pending), least, most, 1 if apart else run.shards_in_flight)
+        if self._placement.spanning:
+            # They ask for the options of an actor more often than there are actors, and each time would be given a group.
+            context.issue_detectors_config.detectors = []
+            warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
+        with actor_options(self._placement, run.num_cpus, run.label_selector, run.label_fallbacks) as options:
+            dataset = stream_shards(pending).map_batches(
+                ShardWorker,
+                fn_constructor_args=(task, board),
+                batch_size=1,
+                compute=ActorPoolStrategy(
+                    min_size=least,
+                    max_size=most,
+                    max_concurrent_calls_per_actor=at_once,
+                    max_tasks_in_flight_per_actor=given,
+                ),
+                **options,
+            )
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+                for text in batch["result"].to_pylist():
+                    yield ShardResult(**json.loads(text))
 
     def _take(self, result: ShardResult, shard: Shard) -> None:
         """Count a shard that a worker is done with."""
         self._lease.check()
         if result.status == "fatal":
             raise JobFailed(f"{result.reason}; {MEND}")
+        if result.earlier is not None:
+            place = f"rows {shard.first_row} to {shard.first_row + shard.rows - 1} of {shard.file}"
+            text = f"shard {shard.index} ({place}), attempt {result.attempt + 1}, after: {result.earlier}"
+            self._history.note("retry", text, ago=result.seconds)
+        self._history.did(result.worker, result.engine or {})
         self._copied_rows += result.copied_rows
         if result.status == "apart":
             self._apart.append(shard)
             return
-        self._results.append({key: value for key, value in asdict(result).items() if key != "counts"})
+        self._results.append({key: value for key, value in asdict(result).items() if key not in ("counts", "engine")})
         self._given_up = self._given_up + 1 if result.gave_up else 0
         if self._given_up >= MAX_GIVEN_UP:
             raise JobFailed(f"engines die whatever they run: {result.reason}")
         if result.status == "failed":
             where = f"{shard.file} rows {shard.first_row} to {shard.first_row + shard.rows - 1}"
             self._failures[where] = result.reason or ""
+            self._history.note("failed", f"shard {shard.index} ({where}): {result.reason}")
             return
         self._progress.committed_rows += shard.rows
         if result.counts is not None:
             self._progress.committed_errors += result.counts["error_rows"]
             self._metrics.committed(result.counts)
         self._reused_rows += result.reused_rows
-        self._unwritten.append(result)
+        counts = Counts.from_dict(result.counts or {})
+        counts.error_samples = keep_few(self._error_samples, counts.error_samples)  # so that the ledger stays small
+        self._unwritten.append(replace(result, counts=counts.as_dict()))
         if time.monotonic() - self._written_at > self._config.run.journal_flush_s:
             self._write_ledger()
 
@@ -533,7 +592,10 @@ class Run:
     def _print_progress(self, board: ActorHandle[Any], finished: threading.Event) -> None:
         """Thread: sample the board every second."""
         while not finished.wait(1.0):
-            self._watchdog.look(self._look(board))
+            workers = self._look(board)
+            self._watchdog.look(workers)
+            self._history.look(workers)
+            self._hear_words(board)
 
     def _look(self, board: ActorHandle[Any]) -> list[tuple[float, WorkerState]]:
         """Sample the board once, for the lines and for Prometheus; what it says."""
@@ -541,9 +603,24 @@ class Run:
         self._metrics.look(workers, self._progress.sample(workers), self._progress.total_rows)
         return workers
 
+    def _hear_words(self, board: ActorHandle[Any]) -> None:
+        """Note what engines said when they died."""
+        import ray
+
+        with suppress(ray.exceptions.RayError):
+            for age, word in ray.get(board.words.remote(self._words), timeout=5):
+                self._words += 1
+                actor = self._history.actor_of(word.node, word.pid, word.birth)
+                self._history.note("death", f"{actor} pid {word.pid}: {word.text}", actor, ago=age)
+
+    def _note_hang(self, state: WorkerState) -> None:
+        actor = self._history.actor_of(state.node, state.pid, state.birth)
+        self._history.note("hang", f"{actor} pid {state.pid} on {state.host} hung and was killed", actor)
+
     def _flush_workers(self, board: ActorHandle[Any]) -> None:
         """Before the job is stopped: let workers flush their journals, so that the next start repeats nothing that is finished."""
         board.stop.remote()
+        self._history.note("stopping", "told to stop; workers flush their journals")
         deadline = time.monotonic() + FLUSH_S
         while (left := deadline - time.monotonic()) > 0:
             workers = _read_board(board, left)
@@ -562,6 +639,8 @@ class Run:
         retries = self._config.run.write_retries
         counts = retrying(self._count, retries)
         status = "failed" if self._failures else "finished"
+        self._history.end(status, f"{counts.rows:,} of {total_rows:,} rows are done")
+        starts = retrying(self._history.starts, retries)
         report = build_report(
             status=status,
             config=self._config.as_dict(),
@@ -574,6 +653,8 @@ class Run:
             samples=self._progress.as_list(),
             shards=self._results[-1000:],
             failures=self._failures,
+            starts=starts,
+            actors=self._history.actors(),
         )
         try:
             self._confirm()
@@ -608,8 +689,7 @@ class Run:
         """
         if self._config.format != "openai_batch":
             return
-        model = self._config.model.rstrip("/").rpartition("/")[2]
-        answers = BatchResults(self._output, self._job.shards, self._job.columns, model)
+        answers = BatchResults(self._output, self._job.shards, self._job.columns, model_name(self._config.model))
         retrying(lambda: self._output.put_top(RESULTS, answers.lines()), self._config.run.write_retries)
         repeated, custom_id = retrying(answers.repeated, self._config.run.write_retries)
         if repeated:
@@ -638,10 +718,11 @@ class Run:
             for index, counts in json.loads(payload):
                 recorded[index] = Counts.from_dict(counts)
         columns = self._job.columns
+        shards = {shard.index: shard for shard in self._job.shards}
         total = Counts()
         for index in sorted(self._output.committed()):
             if index not in recorded:
-                recorded[index] = count_rows(self._output.read_part(index, counted(columns)), columns)
+                recorded[index] = count_rows(self._output.read_part(index, counted(columns)), columns, shards[index])
             total.add(recorded[index])
         return total
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from cluster.placement import Group, check_selector
 from nanovllm import EngineConfig, SamplingParams, UserError
 from nanovllm.utils.chat import check_template_variables
 from nanovllm.utils.validation import parse, suggest
@@ -120,6 +121,24 @@ def _shard_rows(value: Any) -> Any:
     raise ValueError("must be a number of rows of at least 1, or auto")
 
 
+def _node_directory(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and value.startswith(("/", "~"))):
+        return value
+    raise ValueError("must be an absolute path, since it is one on every node")
+
+
+def _labels(selector: dict[str, str] | None) -> dict[str, str] | None:
+    if selector is not None:
+        check_selector(selector)
+    return selector
+
+
+def _fallbacks(selectors: list[dict[str, str]]) -> list[dict[str, str]]:
+    for selector in selectors:
+        check_selector(selector)
+    return selectors
+
+
 class RunConfig(_Section):
     """How the job runs. Only `seed` changes its results."""
 
@@ -139,7 +158,25 @@ class RunConfig(_Section):
     num_gpus: float | None = Field(
         default=None, ge=0, description="GPUs of an actor; where not given, tensor_parallel_size on GPUs and 0 on CPUs."
     )
-    num_cpus: float = Field(default=0, ge=0, description="CPUs Ray reserves for an actor.")
+    num_cpus: float = Field(
+        default=0,
+        ge=0,
+        description="CPUs Ray reserves for an actor; where its ranks are on several nodes, for each rank.",
+    )
+    group: Group = Field(
+        default="auto",
+        description="Where the tensor-parallel ranks of an engine may be: on one node, or anywhere in the cluster, on as few nodes as "
+        "have room. auto: on one node where one has GPUs enough for them, else in the cluster.",
+    )
+    label_selector: Annotated[dict[str, str] | None, AfterValidator(_labels)] = Field(
+        default=None,
+        description="Labels of the nodes that engines run on, as Ray has them: {ray.io/accelerator-type: H200}; a value may be !value, "
+        "in(a,b) or !in(a,b).",
+    )
+    label_fallbacks: Annotated[list[dict[str, str]], AfterValidator(_fallbacks)] = Field(
+        default_factory=list,
+        description="Further selectors, tried in this order where no node of label_selector has room.",
+    )
     shard_rows: Annotated[Literal["auto"] | int, BeforeValidator(_shard_rows)] = Field(
         default="auto",
         description="Most rows of a shard, the unit of commit (a quarter more where a row group ends); fewer at the job's "
@@ -170,6 +207,11 @@ class RunConfig(_Section):
         description="An actor that is not heard of for so long is killed and replaced; one whose engine makes no step, after "
         "10 times as long.",
     )
+    model_cache: Annotated[str | None, BeforeValidator(_node_directory)] = Field(
+        default=None,
+        description="Directory of each node for models that are no local directory; where not given, nanovllm/models in the user's "
+        "cache directory (XDG_CACHE_HOME), and the hub's own (HF_HOME) for hub ids.",
+    )
     progress_s: float = Field(
         default=5.0, gt=0, description="Seconds between progress lines where stdout is no terminal."
     )
@@ -177,11 +219,24 @@ class RunConfig(_Section):
         default=False, description="Print nothing but the last line, and errors; the same as the flag --quiet."
     )
 
+    @model_validator(mode="after")
+    def _first_choice(self) -> RunConfig:
+        if self.label_fallbacks and self.label_selector is None:
+            raise ValueError("label_fallbacks need the label_selector that they stand in for")
+        return self
+
+    @property
+    def selectors(self) -> list[dict[str, str]]:
+        """Label selectors in the order they are tried; none: engines run on any node."""
+        return [] if self.label_selector is None else [self.label_selector, *self.label_fallbacks]
+
 
 class JobConfig(_Section):
     """A whole job. Built by `load` or `build`, which report mistakes as a one-line `UserError`."""
 
-    model: str = Field(description="Local directory with config.json and safetensors, or a hub id.")
+    model: str = Field(
+        description="Directory with config.json and safetensors, a hub id, or an address of such a directory (s3://, gs:// and so on)."
+    )
     input: str = Field(description="Parquet, JSONL or CSV: a file, directory or glob; local, s3://, gs:// and so on.")
     output: str = Field(description="Directory for the result; local paths must be visible to every node.")
     format: Literal["auto", Format] = Field(
@@ -332,6 +387,7 @@ class Command:
     print_config: bool
     dry_run: bool
     demo: bool
+    address: str | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -354,10 +410,13 @@ def load(arguments: Sequence[str]) -> Command:
         "run.replicas=[1,8] engine.dtype=bfloat16. --print-config lists them all.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", help="local model directory or hub id")
+    parser.add_argument("--model", help="model directory, local or remote, or hub id")
     parser.add_argument("--input", help="Parquet, JSONL or CSV: a file, directory or glob, local or remote")
     parser.add_argument("--output", help="directory for the result")
     parser.add_argument("--config", help="job file in YAML; see pipelines/jobs/")
+    parser.add_argument(
+        "--address", help="cluster to run on: auto, or host:port of its head; else RAY_ADDRESS, or a Ray of its own"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show 3 prompts, start no engine")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the last line, and errors")
@@ -383,9 +442,10 @@ def load(arguments: Sequence[str]) -> Command:
     for name in ("input", "output"):
         if isinstance(values.get(name), str) and values[name]:
             values[name] = absolute(values[name])
-    if isinstance(values.get("model"), str) and Path(values["model"]).exists() and values["model"]:
-        values["model"] = absolute(values["model"])
-    return Command(build(values), options.print_config, options.dry_run, options.demo)
+    model = values.get("model")
+    if isinstance(model, str) and model and ("://" in model or Path(model).exists()):
+        values["model"] = absolute(model)
+    return Command(build(values), options.print_config, options.dry_run, options.demo, options.address)
 
 
 def _read_job_file(path: Path) -> dict[str, Any]:

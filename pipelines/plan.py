@@ -19,6 +19,7 @@ import xxhash
 
 from pipelines.inputs import Dataset, FileFacts, InputFile, RowRange
 from pipelines.job import JobConfig
+from pipelines.models import EDGE_BYTES, is_address, look, model_name
 from pipelines.rows import ROW_PATH_VERSION
 
 # Engine options that change speed or memory and not what a row generates (up to the last bits of its arithmetic).
@@ -45,7 +46,6 @@ UNUSED: dict[str, Any] = {
     "prompt.chat_template_kwargs": {},
     "sampling_columns": {},
 }
-SAMPLED_BYTES = 1 << 20
 # A shard stays in flight until its longest row is done, most of its rows having ended long before. So an engine is full while its shards
 # in flight hold as many batches as the longest row is longer than the mean one; outputs whose lengths differ by more than this are rare.
 BATCHES_IN_FLIGHT = 8
@@ -173,7 +173,7 @@ def identity(config: JobConfig, dataset: Dataset) -> Identity:
         settings["sampling"]["structured_outputs"] = json.dumps(structure, ensure_ascii=False)
     settled = {
         "row path version": ROW_PATH_VERSION,
-        "model": model_identity(config.model),
+        "model": model_identity(config.model, config.run.model_cache),
         "input": _digest_files(dataset.files),
         **{f"prompt.{key}": value for key, value in settings["prompt"].items()},
         "format": "openai_batch" if config.format == "openai_batch" else None,  # the others say what `input` does
@@ -186,10 +186,14 @@ def identity(config: JobConfig, dataset: Dataset) -> Identity:
     return {key: value for key, value in settled.items() if key not in UNUSED or value != UNUSED[key]}
 
 
-def model_identity(model: str) -> str:
-    """A digest of a model directory that moves with it: file names, sizes, and the content of small files and of both
-    ends of large ones. A hub id stands for itself."""
-    root = Path(model)
+def model_identity(model: str, cache: str | None = None) -> str:
+    """A digest of a model directory that moves with it, onto a store too: file names, sizes, and the content of small files and of
+    both ends of large ones. A hub id stands for itself. `cache` as in `look`.
+
+    Raises:
+        UserError: a model on a store is not there, or the store cannot be reached.
+    """
+    root = look(model, cache) if is_address(model) else Path(model)
     if not root.is_dir():
         return model
     digest = hashlib.blake2b(digest_size=8)
@@ -199,11 +203,12 @@ def model_identity(model: str) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}:".encode())
         with open(path, "rb") as stream:
-            digest.update(stream.read(SAMPLED_BYTES))
-            if size > SAMPLED_BYTES:
-                stream.seek(max(SAMPLED_BYTES, size - SAMPLED_BYTES), os.SEEK_SET)
+            digest.update(stream.read(EDGE_BYTES))
+            if size > EDGE_BYTES:
+                stream.seek(max(EDGE_BYTES, size - EDGE_BYTES), os.SEEK_SET)
                 digest.update(stream.read())
-    return f"{root.name} (content {digest.hexdigest()})"
+    name = model_name(model) if is_address(model) else root.name
+    return f"{name} (content {digest.hexdigest()})"
 
 
 def _digest_files(files: Sequence[InputFile]) -> str:

@@ -23,8 +23,9 @@ from nanovllm.preflight import check_sampling
 from nanovllm.utils.validation import parse, suggest
 from pipelines.columns import OutputColumns, check_names, choose_columns
 from pipelines.dedupe import Deduplicated, check_dedupe
-from pipelines.job import ColumnsConfig, PromptConfig, TooLong, check_prompt, read_prompt_files
+from pipelines.job import ColumnsConfig, PromptConfig, RunConfig, TooLong, check_prompt, read_prompt_files
 from pipelines.metrics import EngineMetrics
+from pipelines.models import local_model
 from pipelines.requests import Requests, per_row_parameters, row_seed
 from pipelines.results import RowResult
 from pipelines.row_values import OBJECTS, column_values, plain
@@ -63,12 +64,13 @@ class NanoVLLMPredictor:
         num_cached_tokens: bool = False,
         samples: Literal["list", "rows"] = "list",
         dedupe: bool = False,
+        model_cache: str | None = None,
         **engine_options: Any,
     ) -> None:
         """Load the engine.
 
         Args:
-            model: local directory or hub id.
+            model: local directory, hub id, or address of a directory on a store. What is not local is fetched once a node.
             sampling_params: how rows are sampled; its `seed`, or 0, is the seed of the whole dataset.
             prompt_column: column of strings or of lists of token ids; short for `prompt={"column": ...}`. A null, an empty string or
                 another type is an error value in its row.
@@ -82,6 +84,7 @@ class NanoVLLMPredictor:
             num_cached_tokens: add that column.
             samples: with `n` above 1, "list" makes the columns of a sample lists of n values, "rows" makes n rows of each.
             dedupe: generate equal rows once; for temperature 0 or labels.
+            model_cache: where a node keeps models that it fetched, as a job's `run.model_cache`.
             engine_options: fields of `EngineConfig`, for example `max_model_len` or `dtype`.
 
         Raises:
@@ -107,8 +110,10 @@ class NanoVLLMPredictor:
         self._inputs: dict[pa.Schema, tuple[Requests, OutputColumns]] = {}
         if dedupe:
             check_dedupe("dedupe", self._settings.sampling)
-        check_sampling(engine, self._settings.sampling)
-        self._engine = AsyncLLM(model, **engine_options)
+        run = parse(RunConfig, {"model_cache": model_cache}, "option")
+        directory = local_model(model, run.model_cache, engine.load_format == "auto", run.write_retries)
+        check_sampling(engine.model_copy(update={"model": directory}), self._settings.sampling)
+        self._engine = AsyncLLM(directory, **engine_options)
         self._metrics = EngineMetrics(output="")
         self._rows = RowPath(Deduplicated(self._engine) if dedupe else self._engine, self._settings.prompt.too_long)
 

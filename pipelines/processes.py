@@ -10,10 +10,18 @@ from pathlib import Path
 def home() -> str | None:
     """Where process ids mean what they mean here: host, boot and PID namespace. None where the system does not say."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+        return f"{socket.gethostname()} {boot()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
+
+
+def boot() -> str:
+    """Names this boot of the machine.
+
+    Raises:
+        OSError: the system does not say.
+    """
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def born(pid: int) -> str | None:

@@ -27,6 +27,9 @@ class WorkerState(NamedTuple):
         flushed: it was told to stop and has flushed its journals.
         stalled_s: seconds since its engine last ended a step, where it has work.
         node, pid, birth: its process: id of the Ray node, process id there, and when it began.
+        actor, host: id of its Ray actor, which stays over restarts, and name of its machine.
+        gpu, gpus: name of its GPU, and how many of them it holds.
+        up_s, load_s: seconds since it began to load its engine, and those until that was ready.
         error_rows: of `finished_rows`.
         restarted: its actor took the place of one that died.
     """
@@ -43,8 +46,24 @@ class WorkerState(NamedTuple):
     node: str
     pid: int
     birth: str | None
+    actor: str = ""
+    host: str = ""
+    gpu: str = ""
+    gpus: float = 0.0
+    up_s: float = 0.0
+    load_s: float = 0.0
     error_rows: int = 0
     restarted: bool = False
+
+
+class Word(NamedTuple):
+    """What a worker says once: `when` by the board's clock, its process as in `WorkerState`, and what is to be told."""
+
+    when: float
+    node: str
+    pid: int
+    birth: str | None
+    text: str
 
 
 def alive(workers: Iterable[tuple[float, WorkerState]]) -> int:
@@ -57,6 +76,7 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self._states: dict[str, tuple[float, WorkerState]] = {}
+        self._words: list[Word] = []
         self._stopping = False
         self._called = time.monotonic()
 
@@ -69,6 +89,15 @@ class ProgressBoard:
         """Age in seconds and state of every worker that ever reported."""
         now = self._now()
         return [(now - when, state) for when, state in self._states.values()]
+
+    def last_words(self, node: str, pid: int, birth: str | None, text: str) -> None:
+        """Note why the engine of a process has died; the process is about to end."""
+        self._words.append(Word(time.monotonic(), node, pid, birth, text[:1000]))
+
+    def words(self, known: int) -> list[tuple[float, Word]]:
+        """Words after the first `known` ones, with their age in seconds. A board that began anew knows fewer, and tells them all."""
+        now = time.monotonic()
+        return [(now - word.when, word) for word in self._words[known if known <= len(self._words) else 0 :]]
 
     def _now(self) -> float:
         """The time. Where nobody called for long this process was suspended, and no worker grows older by that."""
@@ -84,7 +113,7 @@ class ProgressBoard:
 
 
 class Sample(NamedTuple):
-    """The job at one moment, `seconds` after this start began. Tokens are those computed since then."""
+    """The job at one moment, `seconds` after this start began. Tokens are those since then; cached ones are of the input."""
 
     seconds: float
     rows: int
@@ -93,6 +122,7 @@ class Sample(NamedTuple):
     running: int
     waiting: int
     kv_usage: float
+    cached_tokens: int = 0
 
 
 class Progress:
@@ -143,6 +173,7 @@ class Progress:
             running=sum(state.running for state in recent),
             waiting=sum(state.waiting for state in recent),
             kv_usage=round(sum(state.kv_usage for state in recent) / len(recent), 4) if recent else 0.0,
+            cached_tokens=sum(state.cached_tokens for state in states),
         )
         self._recent.append(now)
         while now.seconds - self._recent[0].seconds > WINDOW_S:

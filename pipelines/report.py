@@ -1,19 +1,23 @@
-"""The report of a job: `_run/report.json` for programs and `_run/report.html`, one page that needs nothing else, for people."""
+"""The content of a job's report, `_run/report.json`: sums over all rows, what this start and its actors did, cost and roofline.
+
+`report_page` makes the page for people of it.
+"""
 
 from __future__ import annotations
 
-import html
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from nanovllm import UserError
+from nanovllm.utils.roofline import ELEMENT_BYTES, Costs, Work, find_device, least_seconds
 from pipelines.counts import Counts
-from pipelines.progress import duration
+from pipelines.history import Start, Usage, total_usage
+from pipelines.models import look
 
-WIDTH, HEIGHT = 560, 120
 PACKAGES = ("nanovllm", "ray", "torch", "transformers", "pyarrow", "pydantic")
 
 
@@ -45,9 +49,13 @@ def build_report(
     samples: Sequence[Mapping[str, Any]],
     shards: Sequence[Mapping[str, Any]],
     failures: Mapping[str, str],
+    starts: Sequence[Start],
+    actors: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The report as plain values. `seconds`, `samples` and the `..._rows` but the total are of this start of the job."""
-    new_tokens = samples[-1] if samples else {"input_tokens": 0, "generated_tokens": 0}
+    """The report as plain values. `seconds`, `samples`, `actors` and the `..._rows` but the total are of this start of the job;
+    `starts` are all, this one last."""
+    now, usage = starts[-1].usage, total_usage(starts)
+    gpu = next((start.gpu for start in reversed(starts) if start.gpu), "")
     return {
         "status": status,
         "rows": counts.rows,
@@ -55,6 +63,7 @@ def build_report(
         "samples": counts.samples,
         "error_rows": counts.error_rows,
         "errors": dict(sorted(counts.errors.items(), key=lambda kind: -kind[1])),
+        "error_samples": [sample._asdict() for sample in counts.error_samples],
         "finish_reasons": counts.finish_reasons,
         "input_tokens": counts.input_tokens,
         "generated_tokens": counts.generated_tokens,
@@ -66,104 +75,128 @@ def build_report(
             "resumed_rows": resumed_rows,
             "reused_rows": reused_rows,
             "copied_rows": copied_rows,
-            "input_tokens": new_tokens["input_tokens"],
-            "generated_tokens": new_tokens["generated_tokens"],
+            "input_tokens": now.input_tokens,
+            "generated_tokens": now.generated_tokens,
             "samples": list(samples),
             "shards": list(shards),
+            "actors": list(actors),
         },
         "failed_shards": dict(failures),
+        "starts": [
+            {
+                **start._asdict(),
+                "usage": start.usage._asdict(),
+                "events": [event._asdict() for event in start.events],
+            }
+            for start in starts
+        ],
+        "events": [
+            {"start": number, **event._asdict()} for number, start in enumerate(starts) for event in start.events
+        ],
+        "cost": cost(usage, counts, gpu),
+        "roofline": roofline(usage, counts, gpu, config),
         "versions": versions(),
         "config": dict(config),
     }
 
 
-def to_json(report: Mapping[str, Any]) -> bytes:
-    """The content of `report.json`."""
-    return json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n"
-
-
-def to_html(report: Mapping[str, Any]) -> bytes:
-    """The content of `report.html`."""
-    now = report["this_start"]
-    facts = {
-        "status": report["status"],
-        "rows": f"{report['rows']:,} of {report['planned_rows']:,}",
-        "rows with an error": f"{report['error_rows']:,}",
-        **({"samples": f"{report['samples']:,}"} if report["samples"] != report["rows"] else {}),
-        "tokens in": f"{report['input_tokens']:,} ({report['cached_tokens']:,} from the prefix cache)",
-        "tokens out": f"{report['generated_tokens']:,}",
-        "this start took": duration(now["seconds"]),
-        "rows from earlier starts": f"{now['resumed_rows']:,} committed, {now['reused_rows']:,} from journals",
-        **({"rows copied from equal ones": f"{now['copied_rows']:,}"} if now["copied_rows"] else {}),
-        "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+def cost(usage: Usage, counts: Counts, gpu: str) -> dict[str, Any]:
+    """What all starts took. Where there is no GPU, an engine takes its place: `unit` says which of them is counted."""
+    on_gpus = usage.gpu_seconds > 0
+    seconds = usage.gpu_seconds if on_gpus else usage.actor_seconds
+    loading = usage.gpu_loading_seconds if on_gpus else usage.loading_seconds
+    tokens = counts.input_tokens + counts.generated_tokens
+    hours = seconds / 3600
+    return {
+        "unit": "GPU" if on_gpus else "engine",
+        "gpu": gpu,
+        "hours": round(hours, 6),
+        "gpu_hours": round(usage.gpu_seconds / 3600, 6),
+        "engine_hours": round(usage.actor_seconds / 3600, 6),
+        "loading_hours": round(loading / 3600, 6),
+        "output_tokens_per_second": _ratio(counts.generated_tokens, seconds),
+        "tokens_per_second": _ratio(tokens, seconds),
+        "hours_per_million_output_tokens": _ratio(hours * 1e6, counts.generated_tokens),
+        "hours_per_million_tokens": _ratio(hours * 1e6, tokens),
+        "hours_per_million_rows": _ratio(hours * 1e6, counts.rows),
+        "engine_input_tokens": usage.input_tokens,
+        "engine_cached_tokens": usage.cached_tokens,
+        "engine_generated_tokens": usage.generated_tokens,
     }
-    samples = now["samples"]
-    rates = [
-        (late["seconds"], (late["generated_tokens"] - early["generated_tokens"]) / (late["seconds"] - early["seconds"]))
-        for early, late in pairwise(samples)
-        if late["seconds"] > early["seconds"]
-    ]
-    parts = [
-        "<!doctype html><meta charset=utf-8><title>Nano-vLLM job report</title><style>",
-        "body{font:14px/1.5 system-ui,sans-serif;max-width:600px;margin:2em auto;padding:0 1em;color:#222}",
-        "td,th{text-align:left;padding:1px 14px 1px 0;vertical-align:top}svg{width:100%;height:auto}"
-        "text{font:10px system-ui;fill:#666}h2{font-size:15px;margin:1.6em 0 .4em}pre{font-size:12px;overflow:auto}</style>",
-        "<h1>Nano-vLLM job report</h1>",
-        _table(facts.items()),
-        "<h2>Output tokens a second</h2>",
-        _curve(rates),
-        "<h2>KV cache in use (%)</h2>",
-        _curve([(sample["seconds"], 100 * sample["kv_usage"]) for sample in samples]),
-        "<h2>Prompt length (tokens, rows)</h2>",
-        _bars(report["input_lengths"]),
-        "<h2>Output length (tokens, samples)</h2>",
-        _bars(report["generated_lengths"]),
-        "<h2>Finish reasons</h2>",
-        _table((reason, f"{rows:,}") for reason, rows in report["finish_reasons"].items()),
-    ]
-    if report["errors"]:
-        parts += ["<h2>Row errors</h2>", _table((kind, f"{n:,}") for kind, n in list(report["errors"].items())[:20])]
-    if report["failed_shards"]:
-        parts += ["<h2>Failed shards</h2>", _table(list(report["failed_shards"].items())[:50])]
-    config = html.escape(json.dumps(report["config"], indent=1, ensure_ascii=False))
-    parts.append(f"<h2>Configuration</h2><pre>{config}</pre>")
-    return "\n".join(parts).encode()
 
 
-def _table(rows: Iterable[tuple[str, str]]) -> str:
-    cells = "".join(f"<tr><th>{html.escape(str(a))}<td>{html.escape(str(b))}" for a, b in rows)
-    return f"<table>{cells}</table>"
+def roofline(usage: Usage, counts: Counts, gpu: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The least GPU time for the rows of the job beside the time it took; `known` is false where there is none, `reason` says why.
+
+    Prompts count as far as they were not in the prefix cache, rows that were copied from equal ones not at all.
+    """
+    device = find_device(gpu)
+    if not usage.gpu_seconds:
+        return {
+            "known": False,
+            "reason": "engines ran on CPUs, whose limit is not known" if usage.actor_seconds else "",
+        }
+    if device is None:
+        return {"known": False, "reason": f"bandwidth and arithmetic of {gpu!r} are not known"}
+    engine = config["engine"]
+    try:
+        directory = look(config["model"], config.get("run", {}).get("model_cache"), weights=False)
+        costs = _costs(directory, engine, device.bandwidth, device.flops)
+    except (UserError, OSError, KeyError) as error:
+        return {"known": False, "reason": f"the model's shape cannot be read: {error}"}
+    cached = min(1.0, usage.cached_tokens / max(1, usage.input_tokens))
+    # Engines that did less than what is in the files have copied; what they did more, in attempts that died, is no work.
+    done = min(1.0, usage.generated_tokens / max(1, counts.generated_tokens))
+    work = Work(
+        rows=counts.rows * done,
+        prefill_tokens=counts.input_tokens * done * (1 - cached),
+        prefill_pairs=counts.prompt_pairs * done * (1 - cached**2),
+        decode_tokens=counts.decode_tokens * done,
+        decode_context=counts.decode_context * done,
+    )
+    most = counts.samples / max(1, usage.actors)
+    batch = max(1.0, min(engine["max_num_seqs"], most))
+    parts = least_seconds(costs, work, batch)
+    tp = engine["tensor_parallel_size"]
+    least = parts.seconds * tp  # of one GPU
+    loaded = usage.gpu_seconds - usage.gpu_loading_seconds
+    return {
+        "known": True,
+        "device": device.name,
+        "measured": device.measured,
+        "bandwidth": device.bandwidth,
+        "flops": device.flops,
+        "batch": round(batch, 1),
+        "least_gpu_seconds": round(least, 3),
+        "parts": {name: round(value * tp, 3) for name, value in parts._asdict().items()},
+        "limit_output_tokens_per_gpu_second": _ratio(counts.generated_tokens * done, least),
+        "fraction": _ratio(least, usage.gpu_seconds),
+        "fraction_loaded": _ratio(least, loaded),
+    }
 
 
-def _curve(points: Sequence[tuple[float, float]]) -> str:
-    """A line over seconds, as inline SVG."""
-    if len(points) < 2:
-        return "<p>too short to plot</p>"
-    right, top = points[-1][0], max(max(y for _, y in points), 1e-9)
-    path = " ".join(f"{x / right * WIDTH:.1f},{HEIGHT - y / top * HEIGHT:.1f}" for x, y in points)
-    return (
-        f'<svg viewBox="0 -14 {WIDTH} {HEIGHT + 30}"><polyline points="{path}" fill="none" stroke="#27c" '
-        f'stroke-width="1.5"/><path d="M0 {HEIGHT}H{WIDTH}" stroke="#ccc"/><text x="0" y="-4">{top:,.0f}</text>'
-        f'<text x="0" y="{HEIGHT + 13}">0 s</text>'
-        f'<text x="{WIDTH}" y="{HEIGHT + 13}" text-anchor="end">{duration(right)}</text></svg>'
+def _costs(directory: Path, engine: Mapping[str, Any], bandwidth: float, flops: float) -> Costs:
+    from nanovllm.models.config import ModelConfig
+    from nanovllm.models.registry import ARCHITECTURES
+
+    shape = ModelConfig.from_dir(directory, ARCHITECTURES)
+    element = ELEMENT_BYTES[shape.dtype if engine["dtype"] == "auto" else engine["dtype"]]
+    return Costs.of(
+        shape,
+        tp=engine["tensor_parallel_size"],
+        weight_bytes=1 if engine.get("quantization") else element,
+        kv_bytes=1 if "8" in str(engine.get("kv_cache_dtype")) else element,
+        bandwidth=bandwidth,
+        flops=flops,
     )
 
 
-def _bars(counts: Sequence[int]) -> str:
-    """A histogram over powers of two, as inline SVG."""
-    filled = [bucket for bucket, rows in enumerate(counts) if rows]
-    if not filled:
-        return "<p>no rows</p>"
-    first, last = filled[0], filled[-1]
-    step = WIDTH / max(6, last - first + 1)
-    top = max(counts)
-    bars = []
-    for place, bucket in enumerate(range(first, last + 1)):
-        height = counts[bucket] / top * HEIGHT
-        label = "0" if bucket == 0 else str(2 ** (bucket - 1))
-        bars.append(
-            f'<rect x="{place * step + 2:.1f}" y="{HEIGHT - height:.1f}" width="{step - 4:.1f}" height="{height:.1f}" '
-            f'fill="#27c"/><text x="{place * step + 2:.1f}" y="{HEIGHT + 13}">{label}</text>'
-            f'<text x="{place * step + 2:.1f}" y="{HEIGHT - height - 3:.1f}">{counts[bucket]:,}</text>'
-        )
-    return f'<svg viewBox="0 -14 {WIDTH} {HEIGHT + 30}">{"".join(bars)}</svg>'
+def _ratio(value: float, base: float) -> float | None:
+    """To five digits; None where there is nothing to divide by."""
+    return float(f"{value / base:.5g}") if base else None
+
+
+def to_json(report: Mapping[str, Any]) -> bytes:
+    """The content of `report.json`."""
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    return text.encode(errors="backslashreplace") + b"\n"  # a name that is no Unicode keeps its JSON escape

@@ -8,15 +8,18 @@ from __future__ import annotations
 import functools
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from nanovllm.errors import UserError
+
+T = TypeVar("T")
 
 # Types of `pyarrow.fs` and protocols of fsspec that have no directories, and where a file appears whole when it is closed.
 OBJECT_STORES = {"s3", "s3a", "gcs", "gs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"}
@@ -273,6 +276,25 @@ def delete_tree(place: Location) -> None:
     except OSError:
         if kind(place) == pafs.FileType.Directory:
             raise
+
+
+def retrying(write: Callable[[], T], retries: int, sleep: Callable[[float], None] = time.sleep) -> T:
+    """Call `write` until it succeeds, waiting 1, 2, 4 ... seconds (at most 30) after each `OSError`.
+
+    Raises:
+        OSError: the last failure, after `retries` retries.
+    """
+    for attempt in range(retries):
+        try:
+            return write()
+        except OSError:
+            sleep(pause_s(attempt))
+    return write()
+
+
+def pause_s(attempt: int) -> float:
+    """How long `retrying` waits after a failed attempt, counted from 0."""
+    return min(30.0, 2.0**attempt)
 
 
 def _one_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from pipelines.processes import born
 from pipelines.progress import WorkerState
@@ -21,8 +21,10 @@ STALLED = 10.0  # a step may take so many times longer than a report
 class Watchdog:
     """Kills actors that were silent for `hang_s`, or whose engine made no step for `STALLED` times that."""
 
-    def __init__(self, hang_s: float) -> None:
+    def __init__(self, hang_s: float, ended: Callable[[WorkerState], None] = lambda state: None) -> None:
+        """Args: `ended` is told, by a thread, whom it has killed."""
         self._hang_s = hang_s
+        self._tell = ended
         self._ended: set[tuple[str, int, str | None]] = set()
 
     def look(self, workers: Iterable[tuple[float, WorkerState]]) -> None:
@@ -47,6 +49,7 @@ class Watchdog:
             return  # the node is gone, or hangs as a whole: Ray notices that
         if was_alive:
             print(f"killed pid {state.pid} on node {state.node[:8]}, which hung; Ray replaces it", file=sys.stderr)
+            self._tell(state)
 
 
 def end_process(pid: int, birth: str | None) -> bool:

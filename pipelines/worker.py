@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import pyarrow as pa
@@ -26,7 +27,8 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.draining import node_is_draining
-from nanovllm import EngineDeadError, RequestOutput, UserError
+from nanovllm import EngineConfig, EngineDeadError, RequestOutput, UserError
+from nanovllm.engine.ranks import RankLauncher
 from pipelines.attempts import AttemptLog, Diagnosis, diagnose, groups, spread
 from pipelines.columns import output_columns
 from pipelines.commit import Journal, OutputDirectory, output_schema, read_journal, retrying
@@ -35,6 +37,7 @@ from pipelines.dedupe import Copy, Deduplicated
 from pipelines.inputs import Format, read_rows
 from pipelines.job import JobConfig, build
 from pipelines.metrics import EngineMetrics
+from pipelines.models import Source
 from pipelines.plan import SHARD_SCHEMA, Shard
 from pipelines.processes import born
 from pipelines.progress import WorkerState
@@ -65,6 +68,8 @@ class Task(NamedTuple):
         root, format, schema: of the input.
         actors_per_node: how many engines share a node's CPUs; None where engines run on GPUs.
         engine: makes the engine from a model and the options of `EngineConfig`; `AsyncLLM` where None.
+        source: from where the node fetches the model; None where it is a directory that every node sees.
+        launcher: makes the engine's ranks; where None they are child processes.
     """
 
     settings: dict[str, Any]
@@ -76,6 +81,8 @@ class Task(NamedTuple):
     schema: pa.Schema
     actors_per_node: int | None
     engine: Callable[..., Engine] | None = None
+    source: Source | None = None
+    launcher: RankLauncher | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,10 @@ class ShardResult:
         copied_rows: rows that this attempt did not generate, since it generated an equal one (`run.dedupe`).
         seconds: of this attempt.
         worker: host and process.
+        attempt: attempts at the shard are numbered from 0 in each start of the job.
+        earlier: what the last one that died said, where there was one.
+        engine: its worker's `up_s`, `input_tokens`, `generated_tokens` and `cached_tokens` as in `WorkerState`: what the worker
+            did since its last report, the driver would else never hear of.
     """
 
     index: int
@@ -103,6 +114,9 @@ class ShardResult:
     copied_rows: int
     seconds: float
     worker: str
+    attempt: int = 0
+    earlier: str | None = None
+    engine: dict[str, float] | None = None
 
 
 class _Active:
@@ -147,6 +161,8 @@ class ShardWorker:
     """One engine and the shards in flight on it. `__call__` takes a batch of shards and returns their results."""
 
     def __init__(self, task: Task, board: ActorHandle[Any]) -> None:
+        self._began = time.monotonic()
+        self._board = board
         self._config: JobConfig = build(task.settings)
         self._task = task
         self._output = OutputDirectory(self._config.output)
@@ -168,7 +184,11 @@ class ShardWorker:
             make = AsyncLLM
         if task.actors_per_node is not None:
             share_cpus(task.actors_per_node, self._config.engine.tensor_parallel_size)
-        self._engine: Engine = make(self._config.model, **self._config.engine.model_dump(exclude={"model"}))
+        retries = self._config.run.write_retries
+        model = task.source.fetch(retries) if task.source else self._config.model
+        if task.launcher is not None:
+            make = partial(make, launcher=task.launcher)
+        self._engine: Engine = make(model, **self._config.engine.model_dump(exclude={"model"}))
         self._requests.attach(self._engine.tokenizer, self._config.model)
         deduplicated = Deduplicated(self._engine) if self._config.run.dedupe else self._engine
         self._rows = RowPath(deduplicated, self._config.prompt.too_long)
@@ -178,6 +198,8 @@ class ShardWorker:
         self._io = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="shard-io")
         self._steps, self._stepped = 0, time.monotonic()
         self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._gpu, self._gpus = gpus_held(self._config.engine) if task.engine is None else ("", 0.0)
+        self._load_s = time.monotonic() - self._began
         reporter = threading.Thread(
             target=_report_regularly, args=(weakref.ref(self), board), name="report", daemon=True
         )
@@ -194,14 +216,26 @@ class ShardWorker:
             Shard(int(index), str(file), *(int(number) for number in numbers))
             for index, file, *numbers in zip(*(batch[name] for name in SHARD_SCHEMA.names), strict=True)
         ]
-        return {"result": [json.dumps(asdict(await self._attempt(shard))) for shard in shards]}
+        results = [replace(await self._attempt(shard), engine=self._counters()) for shard in shards]
+        return {"result": [json.dumps(asdict(result)) for result in results]}
+
+    def _counters(self) -> dict[str, float]:
+        stats = self._engine.stats()
+        return {
+            "up_s": round(time.monotonic() - self._began, 2),
+            "input_tokens": stats.prompt_tokens,
+            "generated_tokens": stats.generated_tokens,
+            "cached_tokens": stats.cached_tokens,
+        }
 
     async def _attempt(self, shard: Shard) -> ShardResult:
         started = time.monotonic()
+        number = 0
+        death: str | None = None
 
         def result(status: Status, reason: str | None = None, gave_up: bool = False) -> ShardResult:
             seconds = round(time.monotonic() - started, 3)
-            return ShardResult(shard.index, status, reason, gave_up, None, 0, 0, seconds, self._name)
+            return ShardResult(shard.index, status, reason, gave_up, None, 0, 0, seconds, self._name, number, death)
 
         attempt = AttemptLog(self._output.attempts(shard.index), self._task.start)
         try:
@@ -209,6 +243,8 @@ class ShardWorker:
             if earlier is not None:
                 return replace(result("done"), counts=earlier.as_dict(), reused_rows=shard.rows)
             past = await self._off_loop(self._patiently, attempt.read)
+            if died := [one for one in sorted(past, key=lambda one: one.number) if not one.over]:
+                number, death = len(died), died[-1].reason or "its process vanished"
             table = await self._off_loop(self._read, shard)
             journal = self._output.journal(shard.index)
             finished = await self._off_loop(self._patiently, read_journal, journal, shard.rows)
@@ -298,7 +334,7 @@ class ShardWorker:
         if self._output.part_rows(shard.index) != shard.rows * self._columns.rows_each:
             return None
         self._output.forget(shard.index)
-        return count_rows(self._output.read_part(shard.index, counted(self._columns)), self._columns)
+        return count_rows(self._output.read_part(shard.index, counted(self._columns)), self._columns, shard)
 
     def _read(self, shard: Shard) -> pa.Table:
         place = self._task.root.child(shard.file)
@@ -318,7 +354,7 @@ class ShardWorker:
     def _commit(self, shard: Shard, table: pa.Table, results: list[RowResult]) -> Counts:
         whole = self._columns.extend(table.select(self._kept), results)
         retrying(lambda: self._output.commit(shard.index, whole), self._config.run.write_retries)
-        return count_rows(whole, self._columns)
+        return count_rows(whole, self._columns, shard)
 
     async def _off_loop(self, work: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._io, work, *arguments)
@@ -334,8 +370,15 @@ class ShardWorker:
                     active.attempt.last_words(_one_line(error), error.killed, rows)
                 else:  # another shard's rows did it
                     active.attempt.over()
+            with contextlib.suppress(Exception):  # for the report, which can do without
+                self._io.submit(self._last_words, _one_line(error)).result(REPORT_S)
         finally:
             os._exit(ENGINE_DIED)
+
+    def _last_words(self, reason: str) -> None:
+        """Tell the driver's board why this process ends."""
+        tell = self._board.last_words.remote
+        ray.get(tell(ray.get_runtime_context().get_node_id(), os.getpid(), born(os.getpid()), reason))
 
     def report(self, board: ActorHandle[Any], name: str, flushed: bool) -> bool:
         """Tell the driver's board how far this worker is; flush the journals and return True when the job stops.
@@ -359,6 +402,12 @@ class ShardWorker:
             node=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
             birth=born(os.getpid()),
+            actor=ray.get_runtime_context().get_actor_id() or "",
+            host=socket.gethostname(),
+            gpu=self._gpu,
+            gpus=self._gpus,
+            up_s=round(now - self._began, 2),
+            load_s=round(self._load_s, 2),
             error_rows=sum(active.errors for active in list(self._active.values())),
             restarted=self._was_restarted(),
         )
@@ -389,6 +438,15 @@ def _report_regularly(worker: weakref.ref[ShardWorker], board: ActorHandle[Any])
         flushed = alive.report(board, name, flushed)
         del alive
         time.sleep(REPORT_S / 4 if flushed else REPORT_S)
+
+
+def gpus_held(engine: EngineConfig) -> tuple[str, float]:
+    """Name and number of the GPUs that this actor's engine holds; "" and 0 where it runs on CPUs."""
+    torch = sys.modules.get("torch")
+    if engine.device == "cpu" or torch is None or not torch.cuda.is_available():
+        return "", 0.0
+    share = float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0))
+    return str(torch.cuda.get_device_name()), share or float(engine.tensor_parallel_size)
 
 
 def share_cpus(actors: int, ranks: int) -> None:

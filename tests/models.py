@@ -99,9 +99,58 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "model_type": "mistral",
         "sliding_window": None,
     },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "moe_intermediate_size": 20,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "router_aux_loss_coef": 0.001,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.0,
+        "sliding_window": None,
+    },
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 9,
+        "sliding_window": 24,
+        "attn_logit_softcapping": 4.0,
+        "final_logit_softcapping": 3.0,
+        "pad_token_id": 0,
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 9,
+        "sliding_window": 20,
+        "sliding_window_pattern": 3,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "pad_token_id": 0,
+    },
 }
 # Qwen2 has no such key: its query, key and value projections always have a bias; Mistral and Mixtral never have one.
-_WITHOUT = dict.fromkeys(("qwen2", "mistral", "phi3"), ("attention_bias",))
+_WITHOUT = dict.fromkeys(("qwen2", "mistral", "mixtral", "phi3"), ("attention_bias",))
 
 
 def make_config(
@@ -111,8 +160,21 @@ def make_config(
     config = {**_BASE, **_FAMILIES[family], "eos_token_id": None, **overrides}
     for key in _WITHOUT.get(family, ()):
         config.pop(key, None)
+    if family == "gemma3":
+        config.pop("hidden_act")
     if form == "4.x":
         return {**config, "rope_scaling": config.get("rope_scaling"), "torch_dtype": dtype}
+    if family == "gemma3":
+        config["rope_parameters"] = {
+            "full_attention": {
+                **(config.pop("rope_scaling", None) or {"rope_type": "default"}),
+                "rope_theta": config.pop("rope_theta"),
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": config.pop("rope_local_base_freq")},
+        }
+        pattern, count = config.pop("sliding_window_pattern"), config["num_hidden_layers"]
+        kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(count)]
+        return {**config, "layer_types": kinds, "dtype": dtype}
     rope = config.pop("rope_scaling", None) or {"rope_type": "default"}
     rope = {**rope, "rope_theta": config.pop("rope_theta")}
     return {**config, "rope_parameters": rope, "dtype": dtype}
@@ -166,6 +228,7 @@ def make_weights(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = tor
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     biased = config.get("attention_bias", False)
     qkv_bias, mlp_bias = biased or family == "qwen2", config.get("mlp_bias", False)
+    gemma = family.startswith("gemma")  # its norms hold the weight less one
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
 
@@ -177,20 +240,32 @@ def make_weights(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = tor
         if bias:
             normal(f"{name}.bias", rows, std=0.3)
 
-    normal("model.embed_tokens.weight", config["vocab_size"], hidden, std=0.3)
+    # Gemma scales the embedding, by the root of its size.
+    normal("model.embed_tokens.weight", config["vocab_size"], hidden, std=0.3 / hidden ** (gemma / 2))
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         for projection, rows in (("q", q), ("k", kv), ("v", kv)):
             linear(f"{layer}.self_attn.{projection}_proj", rows, hidden, qkv_bias)
         linear(f"{layer}.self_attn.o_proj", hidden, q, biased)
-        if family == "qwen3":
-            normal(f"{layer}.self_attn.q_norm.weight", head_dim, std=0.2, mean=1.5)
-            normal(f"{layer}.self_attn.k_norm.weight", head_dim, std=0.2, mean=1.5)
-        for projection, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
-            linear(f"{layer}.mlp.{projection}_proj", rows, columns, mlp_bias)
-        normal(f"{layer}.input_layernorm.weight", hidden, std=0.1, mean=1.0)
-        normal(f"{layer}.post_attention_layernorm.weight", hidden, std=0.1, mean=1.0)
-    normal("model.norm.weight", hidden, std=0.1, mean=1.0)
+        if family in ("qwen3", "qwen3_moe", "gemma3_text"):
+            normal(f"{layer}.self_attn.q_norm.weight", head_dim, std=0.2, mean=1.5 - gemma)
+            normal(f"{layer}.self_attn.k_norm.weight", head_dim, std=0.2, mean=1.5 - gemma)
+        block, size, names = "mlp", inner, ("gate_proj", "up_proj", "down_proj")
+        experts = [""]
+        if family == "mixtral":
+            block, names = "block_sparse_moe", ("w1", "w3", "w2")
+            experts = [f"experts.{e}." for e in range(config["num_local_experts"])]
+        elif family == "qwen3_moe" and i not in config["mlp_only_layers"]:
+            size, experts = config["moe_intermediate_size"], [f"experts.{e}." for e in range(config["num_experts"])]
+        if len(experts) > 1:
+            normal(f"{layer}.{block}.gate.weight", len(experts), hidden, std=0.5)
+        for expert in experts:
+            for name, rows, columns in zip(names, (size, size, hidden), (hidden, hidden, size), strict=True):
+                linear(f"{layer}.{block}.{expert}{name}", rows, columns, mlp_bias)
+        norms = ["input", "post_attention"] + ["pre_feedforward", "post_feedforward"] * gemma
+        for norm in norms:
+            normal(f"{layer}.{norm}_layernorm.weight", hidden, std=0.1, mean=1.0 - gemma)
+    normal("model.norm.weight", hidden, std=0.1, mean=1.0 - gemma)
     if family == "phi3":
         _fuse(tensors)
     if not config.get("tie_word_embeddings"):

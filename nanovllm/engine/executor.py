@@ -1,24 +1,18 @@
-"""Runs steps on one rank in this process, or on several in child processes that die with it. The engine sees one interface.
+"""Runs steps on one rank in this process, or on several in processes of their own that die with it. The engine sees one interface.
 
-Ranks are started as `python -m nanovllm.engine.rank_worker` and spoken to over a private socket pair each: no port, no shared
-name, no re-import of the user's main module, and a closed socket is how either side learns that the other is gone.
+Ranks are started as `python -m nanovllm.engine.rank_worker` and spoken to over a private connection each: no shared name, no
+re-import of the user's main module, and a closed connection is how either side learns that the other is gone. They are child
+processes, or wherever the launcher that the engine was given puts them (`nanovllm.engine.ranks`).
 """
 
 from __future__ import annotations
 
+import errno
 import gc
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +22,7 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.engine.model_input import ModelInput
 from nanovllm.engine.model_runner import ModelRunner, resolve_device
+from nanovllm.engine.ranks import ChildRanks, RankEnd, RankGroup, RankLauncher
 from nanovllm.engine.row_sampling import SamplingInput
 from nanovllm.engine.step_result import StepCopy, StepResult
 from nanovllm.engine.token_masks import mask_words
@@ -36,21 +31,13 @@ from nanovllm.layers.attention import select_backend
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.config import ModelConfig
 
-# What ranks find in their environment unless the user has set it. They share a host and its kernel's sockets, nothing more.
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-RANK_ENVIRONMENT = {
-    # Gloo and NCCL listen on a network interface to find each other, by default one that others can reach.
-    "GLOO_SOCKET_IFNAME": LOOPBACK,
-    "NCCL_SOCKET_IFNAME": LOOPBACK,
-    # NVLink multicast is of no use to one-shot sums, and sets up the switch between the GPUs, which other jobs of a shared host
-    # depend on; some machines offer it and then fail. "0" and "1" the other way round turn it on for NCCL and torch.
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-}
-
-
 # `Executor.chunk_cost` where decodes run as graphs, of the 0.6B shape and 256 sequences (bench/NOTES.md).
 GRAPHS_CHUNK_COST = 0.5
+
+
+# How long a rank's complaint waits for word that another one was killed, which would explain it.
+BLAME_S, BLAME_ELSEWHERE_S = 0.5, 3.0
+OUT_OF_REACH = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
 
 
 class MaskBuffer:
@@ -70,13 +57,20 @@ class MaskBuffer:
 
 
 class RankSetup(NamedTuple):
-    """First message to a rank: all it needs to join the others and build its shard."""
+    """First message to a rank: all it needs to join the others and build its shard.
+
+    Attributes:
+        rendezvous, store: see `RankGroup`; the latter for rank 0 alone.
+        apart: see `RankLauncher`.
+    """
 
     config: EngineConfig
     model_config: ModelConfig
     max_model_len: int
     rank: int
     rendezvous: str
+    store: int | None
+    apart: bool
     num_threads: int
 
 
@@ -139,11 +133,13 @@ class Executor(ABC):
         """Free the model; child processes have ended when this returns."""
 
 
-def create_executor(config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> Executor:
-    """The executor for `config.tensor_parallel_size` ranks."""
+def create_executor(
+    config: EngineConfig, model_config: ModelConfig, max_model_len: int, launcher: RankLauncher | None = None
+) -> Executor:
+    """The executor for `config.tensor_parallel_size` ranks. `launcher` makes them where there are several; None: as child processes."""
     if config.tensor_parallel_size == 1:
         return UniprocExecutor(config, model_config, max_model_len)
-    return MultiprocExecutor(config, model_config, max_model_len)
+    return RankedExecutor(config, model_config, max_model_len, launcher or ChildRanks())
 
 
 def shared_tile(config: EngineConfig, model_config: ModelConfig) -> int:
@@ -207,24 +203,25 @@ class UniprocExecutor(Executor):
             torch.cuda.empty_cache()
 
 
-class MultiprocExecutor(Executor):
-    """Tensor-parallel ranks, each a child process."""
+class RankedExecutor(Executor):
+    """Tensor-parallel ranks, each a process of its own."""
 
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, max_model_len: int) -> None:
-        device = resolve_device(config, 0)  # refused here at once, not by every rank after its imports
+    def __init__(
+        self, config: EngineConfig, model_config: ModelConfig, max_model_len: int, launcher: RankLauncher
+    ) -> None:
+        # Refused here at once, not by every rank after its imports; and all ranks must take the same kind.
+        device = resolve_device(config, 0, launcher.apart)
+        config = config.model_copy(update={"device": device.type})
         self.chunk_cost = GRAPHS_CHUNK_COST if device.type == "cuda" and not config.enforce_eager else 0.0
         self._masks = MaskBuffer(model_config.vocab_size, pinned=False)
         size = config.tensor_parallel_size
-        self.rendezvous_dir = Path(tempfile.mkdtemp(prefix="nanovllm-"))
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.connections: list[Connection] = []
         threads = max(1, torch.get_num_threads() // size)
+        self.group = launcher.launch(size)
         try:
             for rank in range(size):
-                self._start_rank()
-                rendezvous = str(self.rendezvous_dir / "store")
-                setup = RankSetup(config, model_config, max_model_len, rank, rendezvous, threads)
-                self._send(rank, setup)
+                store = self.group.store if rank == 0 else None
+                place = (rank, self.group.rendezvous, store, launcher.apart)
+                self._send(rank, RankSetup(config, model_config, max_model_len, *place, threads))
             self.num_kvcache_blocks = choose_num_blocks(config, min(self._receive_all()))
             for rank in range(size):
                 self._send(rank, self.num_kvcache_blocks)
@@ -235,9 +232,9 @@ class MultiprocExecutor(Executor):
 
     def launch(self, step: ModelInput) -> None:
         """See `Executor.launch`."""
-        if not self.processes:
+        if not self.group.ranks:
             raise EngineDeadError("the engine was shut down")
-        for rank in range(len(self.processes)):
+        for rank in range(len(self.group.ranks)):
             self._send(rank, step)
 
     def mask_buffer(self, rows: int) -> npt.NDArray[np.int32]:
@@ -246,12 +243,12 @@ class MultiprocExecutor(Executor):
 
     def sample(self, asked: SamplingInput) -> None:
         """See `Executor.sample`."""
-        for rank in range(len(self.processes)):
+        for rank in range(len(self.group.ranks)):
             self._send(rank, asked)
 
     def collect(self) -> StepResult:
         """See `Executor.collect`. Every rank answers, so that the death of any is seen."""
-        if not self.processes:
+        if not self.group.ranks:
             raise EngineDeadError("the engine was shut down")
         result: StepResult = self._receive_all()[0]
         return result
@@ -262,47 +259,37 @@ class MultiprocExecutor(Executor):
 
     def shutdown(self) -> None:
         """See `Executor.shutdown`."""
-        for connection in self.connections:
-            connection.close()
-        for process in self.processes:
-            try:
-                process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self.processes, self.connections = [], []
-        shutil.rmtree(self.rendezvous_dir, ignore_errors=True)
-
-    def _start_rank(self) -> None:
-        ours, theirs = socket.socketpair()
-        environment = {**RANK_ENVIRONMENT, **os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in [os.getcwd(), *sys.path] if path)
-        command = [sys.executable, "-m", "nanovllm.engine.rank_worker", str(theirs.fileno())]
-        self.processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment))
-        theirs.close()
-        self.connections.append(Connection(ours.detach()))
+        group, self.group = self.group, RankGroup([], self.group.rendezvous)
+        for rank in group.ranks:
+            rank.connection.close()
+        for rank in group.ranks:
+            if rank.end(timeout_s=5) is None:
+                rank.kill()
+                rank.end(timeout_s=5)
+        group.dissolve()
 
     def _send(self, rank: int, message: object) -> None:
         try:
-            self.connections[rank].send(message)
-        except OSError:
-            raise self._dead(rank) from None
+            self.group.ranks[rank].connection.send(message)
+        except OSError as error:
+            raise self._dead(rank, error) from None
 
     def _receive_all(self) -> list[Any]:
         """One reply of every rank. A rank that died or failed is reported as soon as it shows, while others may hang."""
         replies: dict[int, Any] = {}
-        while len(replies) < len(self.connections):
-            pending = [c for rank, c in enumerate(self.connections) if rank not in replies]
+        connections = [rank.connection for rank in self.group.ranks]
+        while len(replies) < len(connections):
+            pending = [c for rank, c in enumerate(connections) if rank not in replies]
             for ready in wait(pending):
-                rank = self.connections.index(ready)  # type: ignore[arg-type]
+                rank = connections.index(ready)  # type: ignore[arg-type]
                 replies[rank] = self._receive(rank)
         return [replies[rank] for rank in range(len(replies))]
 
     def _receive(self, rank: int) -> Any:
         try:
-            reply: RankReply = self.connections[rank].recv()
-        except (EOFError, OSError):
-            raise self._dead(rank) from None
+            reply: RankReply = self.group.ranks[rank].connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._dead(rank, error) from None
         if reply.error is not None:
             killed = None if reply.user_error else self._killed_rank()
             if killed is not None:
@@ -314,29 +301,32 @@ class MultiprocExecutor(Executor):
         return reply.value
 
     def _killed_rank(self) -> int | None:
-        """The rank that a signal ended, if any: the others' collectives fail with it, and may be the first to say so."""
-        deadline = time.monotonic() + 0.5
+        """The rank that was killed, if any: the others' collectives fail with it, and may be the first to say so."""
+        here = all(rank.here for rank in self.group.ranks)
+        deadline = time.monotonic() + (BLAME_S if here else BLAME_ELSEWHERE_S)
         while time.monotonic() < deadline:
-            for rank, process in enumerate(self.processes):
-                if (process.poll() or 0) < 0:
-                    return rank
+            for number, rank in enumerate(self.group.ranks):
+                end = rank.end(timeout_s=0)
+                if end is not None and end.signalled:
+                    return number
             time.sleep(0.01)
         return None
 
-    def _dead(self, rank: int) -> EngineDeadError:
-        """What happened to `rank`; the other ranks are killed, since they may wait for it forever."""
-        process = self.processes[rank]
-        code = None
-        try:
-            code = process.wait(timeout=5)
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-        except subprocess.TimeoutExpired:
-            how = "closed its connection"
+    def _dead(self, rank: int, error: Exception | None = None) -> EngineDeadError:
+        """What happened to `rank`, whose connection failed; the other ranks are killed, since they may wait for it forever."""
+        handle = self.group.ranks[rank]
+        end = handle.end(timeout_s=5)
+        if end is None and handle.here:
+            end = RankEnd("closed its connection", False)
+        elif end is None:  # where it ran alone, it would have told why
+            silent = isinstance(error, OSError) and error.errno in OUT_OF_REACH
+            end = RankEnd(f"{'is out of reach' if silent else 'closed its connection'}, and so is its node", True)
         self._kill_all()
-        killed = code in (-signal.SIGKILL, -signal.SIGTERM)
-        return EngineDeadError(f"tensor-parallel rank {rank} (pid {process.pid}) {how}; the engine has stopped", killed)
+        return EngineDeadError(
+            f"tensor-parallel rank {rank} ({handle.name}) {end.how}; the engine has stopped", end.killed
+        )
 
     def _kill_all(self) -> None:
-        for process in self.processes:
-            process.kill()
+        for rank in self.group.ranks:
+            rank.kill()
         self.shutdown()

@@ -32,6 +32,8 @@ from nanovllm.utils.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from nanovllm.engine.ranks import RankLauncher
+
 
 class Flight(NamedTuple):
     """A step that was launched and not read yet. `settled`: ids of sequences whose sampled token does not count."""
@@ -65,6 +67,7 @@ class LLMEngine:
 
     Args:
         model: local directory or hub id; options: fields of `EngineConfig`.
+        launcher: makes the ranks of tensor parallelism; None: as child processes.
 
     Raises:
         UserError: an unknown option, or a model that cannot run; nothing has been loaded then.
@@ -74,14 +77,14 @@ class LLMEngine:
     # Whose masks the step had that sampled last, and those masks.
     masked: tuple[list[int], npt.NDArray[np.int32]]
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str, *, launcher: RankLauncher | None = None, **options: Any) -> None:
         self.config = EngineConfig.create(model, **options)
         self.poison = Poison.from_environment()
         self.model_config = check_model(self.config)
         positions = self.model_config.rope.max_position(self.model_config.max_position_embeddings)
         self.max_model_len = min(self.config.max_model_len, positions)
         self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(self.config)
-        self.executor = create_executor(self.config, self.model_config, self.max_model_len)
+        self.executor = create_executor(self.config, self.model_config, self.max_model_len, launcher)
         get_logger(__name__).info("%s: %s", self.config.model, self.executor.summary)
         self.requests = RequestMaker(
             self.config, self.model_config, self.tokenizer, self.max_model_len, self.executor.num_kvcache_blocks

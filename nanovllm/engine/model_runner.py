@@ -52,8 +52,8 @@ SPARE_BYTES = 256 << 20
 GRAPH_LAYER_BYTES = 96 << 10
 
 
-def resolve_device(config: EngineConfig, rank: int) -> torch.device:
-    """The device of rank `rank`.
+def resolve_device(config: EngineConfig, rank: int, apart: bool = False) -> torch.device:
+    """The device of rank `rank`. `apart`: this process has a GPU for itself; else it sees those of all ranks.
 
     Raises:
         UserError: a GPU was asked for and there are none, or fewer than ranks.
@@ -61,6 +61,10 @@ def resolve_device(config: EngineConfig, rank: int) -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device == "cpu" or (config.device == "auto" and gpus == 0):
         return torch.device("cpu")
+    if apart:
+        if gpus == 0:
+            raise UserError(f"device={config.device!r} needs a GPU for each rank and rank {rank} sees none")
+        return torch.device("cuda", 0)
     if gpus < config.tensor_parallel_size:
         raise UserError(
             f"device={config.device!r} with tensor_parallel_size={config.tensor_parallel_size} needs "
@@ -118,6 +122,7 @@ class ModelRunner:
         config: the engine's options; model_config: the model's shapes; max_model_len: longest sequence.
         tp: this rank and its process group.
         memory: what the engine may take of the GPU, where that was noted before the ranks met; None: from now on.
+        device: this rank's; None: as `resolve_device` says.
 
     Raises:
         UserError: no such device or attention backend here.
@@ -130,12 +135,13 @@ class ModelRunner:
         max_model_len: int,
         tp: TensorParallel,
         memory: GpuMemory | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.config = config
         self.model_config = model_config
         self.max_model_len = max_model_len
         self.tp = tp
-        self.device = resolve_device(config, tp.rank)
+        self.device = device or resolve_device(config, tp.rank)
         self.dtype = resolve_dtype(config, model_config, self.device)
         backend_class = select_backend(config.attention_backend, self.device)
         self.max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)

@@ -338,7 +338,7 @@ def _decode_kernel(
             mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
             k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-            if SOFTCAP:
+            if SOFTCAP > 0:
                 scores = softcap_scores(scores, SOFTCAP)
             scores = tl.where(inside[None, :], scores, float("-inf"))
             new_best = tl.maximum(best, tl.max(scores, axis=1))
@@ -355,8 +355,8 @@ def _decode_kernel(
             if count == 1:
                 entry = tl.load(entries + slot)
                 entry_end = entry + tl.load(entry_counts + slot)
-            for at in range(entry, entry_end):
-                place = tl.cast(at, tl.int64) * NUM_HEADS + heads
+            for result in range(entry, entry_end):
+                place = tl.cast(result, tl.int64) * NUM_HEADS + heads
                 lse = tl.load(shared_lse + place, mask=group < GROUP, other=0.0)
                 part = tl.load(shared_out + place[:, None] * HEAD_DIM + dim[None, :], mask=out_mask, other=0.0)
                 new_best = tl.maximum(best, lse)
@@ -407,8 +407,8 @@ def _decode_kernel(
                     best_of = new_best_of
                 if SHARED:
                     entry_of = tl.load(entries + slot)
-                    for at in range(entry_of, entry_of + tl.load(entry_counts + slot)):
-                        place = tl.cast(at, tl.int64) * NUM_HEADS + part_head
+                    for result in range(entry_of, entry_of + tl.load(entry_counts + slot)):
+                        place = tl.cast(result, tl.int64) * NUM_HEADS + part_head
                         lse_of = tl.load(shared_lse + place, mask=head_mask, other=0.0)
                         part_of = tl.load(
                             shared_out + place[:, None] * HEAD_DIM + dim[None, :],

@@ -176,7 +176,7 @@ def _prefill_kernel(
         else:
             k = tl.load(k_ptr + offsets, mask=(dim < HEAD_DIM)[None, :], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if SOFTCAP:
+        if SOFTCAP > 0:
             scores = softcap_scores(scores * scale_log2, SOFTCAP)
             new_best = tl.maximum(best, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_best[:, None])
@@ -203,7 +203,7 @@ def _prefill_kernel(
         mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        if SOFTCAP:
+        if SOFTCAP > 0:
             scores = softcap_scores(scores, SOFTCAP)
         # Key 0 is seen by every query, so no row is masked as a whole; with a window `best` is finite.
         seen = tokens[None, :] <= q_position[:, None]

@@ -152,14 +152,15 @@ def _qk_norm_rope_store_kernel(
     dim = tl.arange(0, BLOCK_HALF)[None, :]
     # Made before the step's first layer: ready while the projection still runs.
     angle = tl.load(positions + token).to(tl.int64) * stride_cos + dim
-    low_at, high_at = dim, dim + HALF
     if ROTARY == HEAD_DIM:
+        low_at = dim
+        high_by = HALF
         cos = tl.load(cos_ptr + angle, mask=dim < HALF, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + angle, mask=dim < HALF, other=0.0).to(tl.float32)
     else:  # what is not rotated takes the places after the pairs that are, half of it on either side, with an angle of 0
         rotated = dim < ROTARY // 2
         low_at = dim + tl.where(rotated, 0, ROTARY // 2)
-        high_at = dim + tl.where(rotated, ROTARY // 2, HALF)
+        high_by = tl.where(rotated, ROTARY // 2, HALF - ROTARY // 2)
         cos = tl.load(cos_ptr + angle, mask=rotated, other=1.0).to(tl.float32)
         sin = tl.load(sin_ptr + angle, mask=rotated, other=0.0).to(tl.float32)
     slot = tl.load(slot_mapping + token).to(tl.int64)
@@ -170,22 +171,23 @@ def _qk_norm_rope_store_kernel(
     if program < Q_PROGRAMS:
         head = (program * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
         mask = (head < NUM_HEADS) & (dim < HALF)
-        low, high = _norm_rope(row + head * HEAD_DIM, mask, cos, sin, q_weight, eps, low_at, high_at, dim < HALF, HALF)
-        out = q_ptr + token * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM
-        tl.store(out + low_at, low, mask=mask)
-        tl.store(out + high_at, high, mask=mask)
+        source = row + head * HEAD_DIM + low_at
+        low, high = _norm_rope(source, mask, cos, sin, q_weight, eps, low_at, high_by, dim < HALF, HALF)
+        out = q_ptr + token * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + low_at
+        tl.store(out, low, mask=mask)
+        tl.store(out + high_by, high, mask=mask)
     else:
         if slot >= 0:
             block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
             if program < Q_PROGRAMS + KV_PROGRAMS:
                 head = ((program - Q_PROGRAMS) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
                 mask = (head < NUM_KV_HEADS) & (dim < HALF)
-                source = row + (NUM_HEADS + head) * HEAD_DIM
-                low, high = _norm_rope(source, mask, cos, sin, k_weight, eps, low_at, high_at, dim < HALF, HALF)
+                source = row + (NUM_HEADS + head) * HEAD_DIM + low_at
+                low, high = _norm_rope(source, mask, cos, sin, k_weight, eps, low_at, high_by, dim < HALF, HALF)
                 out = k_cache + block * k_stride_block + offset * k_stride_token
-                out += head.to(tl.int64) * k_stride_head
-                tl.store(out + low_at, low, mask=mask)
-                tl.store(out + high_at, high, mask=mask)
+                out += head.to(tl.int64) * k_stride_head + low_at
+                tl.store(out, low, mask=mask)
+                tl.store(out + high_by, high, mask=mask)
             else:
                 head = ((program - Q_PROGRAMS - KV_PROGRAMS) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
                 mask = (head < NUM_KV_HEADS) & (dim < HALF)
@@ -197,22 +199,22 @@ def _qk_norm_rope_store_kernel(
 
 
 @triton.jit
-def _norm_rope(source, mask, cos, sin, weight_ptr, eps, low_at, high_at, inside, HALF: tl.constexpr):
-    """The dimensions `low_at` and `high_at` of each head at `source`, normed (where there is a weight) and rotated in pairs."""
-    low = tl.load(source + low_at, mask=mask, other=0.0)
-    high = tl.load(source + high_at, mask=mask, other=0.0)
+def _norm_rope(source, mask, cos, sin, weight_ptr, eps, low_at, high_by, inside, HALF: tl.constexpr):
+    """The dimensions `low_at` of each head, at `source`, and those `high_by` after them, normed (where there is a weight) and
+    rotated in pairs."""
+    low = tl.load(source, mask=mask, other=0.0)
+    high = tl.load(source + high_by, mask=mask, other=0.0)
     dtype = low.dtype
     low = low.to(tl.float32)
     high = high.to(tl.float32)
     if weight_ptr is not None:
         scale = tl.rsqrt(tl.sum(low * low + high * high, axis=1) / (2 * HALF) + eps)[:, None]
         low_weight = tl.load(weight_ptr + low_at, mask=inside, other=0.0)
-        high_weight = tl.load(weight_ptr + high_at, mask=inside, other=0.0)
-        low *= scale
-        high *= scale
+        high_weight = tl.load(weight_ptr + high_by + low_at, mask=inside, other=0.0)
         if low_weight.dtype == dtype:  # rounded where `rms_norm_torch` rounds
-            low = low.to(dtype).to(tl.float32)
-            high = high.to(dtype).to(tl.float32)
-        low = (low * low_weight.to(tl.float32)).to(dtype).to(tl.float32)
-        high = (high * high_weight.to(tl.float32)).to(dtype).to(tl.float32)
+            low = ((low * scale).to(dtype).to(tl.float32) * low_weight.to(tl.float32)).to(dtype).to(tl.float32)
+            high = ((high * scale).to(dtype).to(tl.float32) * high_weight.to(tl.float32)).to(dtype).to(tl.float32)
+        else:
+            low = (low * scale * low_weight).to(dtype).to(tl.float32)
+            high = (high * scale * high_weight).to(dtype).to(tl.float32)
     return (low * cos - high * sin).to(dtype), (high * cos + low * sin).to(dtype)

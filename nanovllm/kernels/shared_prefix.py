@@ -201,7 +201,7 @@ def _shared_kernel(
         within = inside[:, None] & (dim < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + offsets, mask=within, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        if SOFTCAP:
+        if SOFTCAP > 0:
             scores = softcap_scores(scores, SOFTCAP)
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, axis=1))

@@ -37,8 +37,24 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(VocabParallelEmbedding):
-    """The output projection; holds its own weight, or the embedding's where the two are tied."""
+    """The output projection; holds its own weight, or the embedding's where the two are tied.
+
+    Args:
+        scale: what logits are multiplied by; softcap: a logit x becomes softcap * tanh(x / softcap), 0: it stays.
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, tp: TensorParallel, scale: float = 1.0, softcap: float = 0.0
+    ) -> None:
+        super().__init__(vocab_size, hidden_size, tp)
+        self.scale = scale
+        self.softcap = softcap
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, hidden_size] -> logits [S, rows] of this rank's vocabulary ids, from `start`; those past its end mean nothing."""
-        return F.linear(hidden, self.weight)
+        logits = F.linear(hidden, self.weight)
+        if self.scale != 1.0:
+            logits = logits.mul_(self.scale)
+        if self.softcap:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits

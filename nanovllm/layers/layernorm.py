@@ -38,3 +38,24 @@ class RMSNorm(nn.Module):
             return self.tp.all_reduce_add_norm(x, residual, self.weight, self.eps)
         kernel = add_rms_norm if use_triton(x) else add_rms_norm_torch
         return kernel(x, residual, self.weight, self.eps)
+
+    def reduce_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """The norm of what a `RowParallelLinear` without split sums returns, added up over the ranks: [T, size] -> [T, size]."""
+        if self.tp.size > 1:
+            return self.tp.all_reduce_add_norm(x, None, self.weight, self.eps)[0]
+        return self(x)
+
+
+class UnitOffsetRMSNorm(RMSNorm):
+    """Gemma's: the checkpoint holds the weight less one. The sum is kept in float32, where it loses nothing."""
+
+    def __init__(self, size: int, eps: float, tp: TensorParallel | None = None) -> None:
+        super().__init__(size, eps, tp)
+        self.weight = nn.Parameter(torch.ones(size, dtype=torch.float32), requires_grad=False)
+        self.weight.weight_loader = self.load
+
+    @staticmethod
+    def load(param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
+        """One more than the checkpoint's."""
+        param.data.copy_(tensor)
+        param.data.add_(1.0)

@@ -114,6 +114,8 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.tp = tp
         self.slot = slot
+        # Whether a rank that is alone may return its sums in parts; no, where no residual addition follows.
+        self.splits = True
         self.weight = _parameter(self.load, out_features, tp.shard(in_features))
         self.bias = _parameter(self.load, out_features) if bias else None
         self.lora: LoraWeights | None = None
@@ -131,7 +133,7 @@ class RowParallelLinear(nn.Module):
         if self.lora is not None and self.lora.active:
             return self.lora.add(x, self._product(x, bias))  # partial sums as well: it is linear
         if self.tp.size == 1:
-            tiles = choose_tiles(x, self.weight, partial=True)
+            tiles = choose_tiles(x, self.weight, partial=self.splits)
             if tiles is not None:
                 return skinny_linear(x, self.weight, tiles, bias)
         return self._product(x, bias)

@@ -44,7 +44,7 @@ class TensorParallel:
         """The view of one rank whose process group exists; every rank calls this, and all choose the same way.
 
         Args:
-            device: this rank's; on GPUs it is the current one, and rank r has GPU r.
+            device: this rank's; on GPUs it is the current one. The one-kernel sum needs rank r to have GPU r of those it sees.
         """
         if device.type != "cuda":
             return cls(rank, size, group, None, "sums over ranks through gloo")
@@ -127,7 +127,7 @@ def _open_one_shot(
         if not all(right):
             raise RuntimeError("a trial of the one-kernel sum gave wrong results")
 
-    for stage in (lambda: _check_fit(rank, size), open_memory, compile_kernel, reset, try_out):
+    for stage in (lambda: _check_fit(rank, size, device), open_memory, compile_kernel, reset, try_out):
         problem = None
         try:
             stage()
@@ -142,12 +142,14 @@ def _open_one_shot(
     return opened[0], None
 
 
-def _check_fit(rank: int, size: int) -> None:
+def _check_fit(rank: int, size: int, device: torch.device) -> None:
     """Raise RuntimeError where this rank knows beforehand that the sum cannot be, or is not to be, taken by one kernel."""
     if os.environ.get(SWITCH) == "0":
         raise RuntimeError(f"{SWITCH}=0")
     if not HAS_TRITON:
         raise RuntimeError("Triton is not installed")
+    if device.type == "cuda" and (device.index != rank or torch.cuda.device_count() < size):
+        raise RuntimeError("the ranks see no GPUs but their own")
     if not all(torch.cuda.can_device_access_peer(rank, peer) for peer in range(size) if peer != rank):
         raise RuntimeError("the GPUs do not reach each other's memory")
 

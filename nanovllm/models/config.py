@@ -288,6 +288,12 @@ def read_rope(config: Mapping[str, Any], model_dir: Path, partial_rotary: bool =
     if partial != 1.0 and not (partial_rotary and isinstance(partial, float) and 0 < partial < 1):
         allowed = "it must be above 0 and at most 1" if partial_rotary else "which is not supported; it must be 1.0"
         raise UserError(f"{model_dir / 'config.json'} sets partial_rotary_factor={partial!r}, {allowed}")
+    head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    if int(head_dim * partial) % 2 or int(head_dim * partial) < 2:
+        raise UserError(
+            f"{model_dir / 'config.json'} sets partial_rotary_factor={partial!r}: it rotates {head_dim * partial:g} of a head's "
+            f"{head_dim} dimensions; they must be a whole, even number"
+        )
     if kind in ("llama3", "yarn"):
         scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
     if kind == "longrope":

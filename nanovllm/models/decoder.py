@@ -17,6 +17,7 @@ from nanovllm.layers.attention import Attention, AttentionBackend, AttentionSpec
 from nanovllm.layers.embed_head import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GatedColumnParallelLinear, RowParallelLinear, qkv_parallel_linear
+from nanovllm.layers.moe import SparseMoe
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.config import ModelConfig, RopeConfig
@@ -100,12 +101,16 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward blocks; the residual travels beside the hidden states."""
 
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+    # Whether the last block's output is this rank's partial sums, which the next layer's norm or the final one adds up.
+    partial_sums: ClassVar[bool] = True
+
     def __init__(self, config: ModelConfig, attention: SelfAttention, mlp: nn.Module, tp: TensorParallel) -> None:
         super().__init__()
         self.self_attn = attention
         self.mlp = mlp
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
+        self.input_layernorm = self.norm_class(config.hidden_size, config.rms_norm_eps, tp)
+        self.post_attention_layernorm = self.norm_class(config.hidden_size, config.rms_norm_eps, tp)
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, context: ForwardContext
@@ -156,12 +161,19 @@ class CausalLM(nn.Module, ABC):
         "gate_proj": ("gate_up_proj", "gate"),
         "up_proj": ("gate_up_proj", "up"),
     }
-    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+    # The same for an expert's matrices, whose names in the checkpoint end in .experts.NUMBER.NAME.weight.
+    expert_parts: ClassVar[dict[str, tuple[str, str]]] = {
+        "gate_proj": ("gate_up", "gate"),
+        "up_proj": ("gate_up", "up"),
+        "down_proj": ("down", "down"),
+    }
+    # Modules here -> what the checkpoint calls them.
+    renamed: ClassVar[dict[str, str]] = {}
     layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, backend: AttentionBackend, max_position: int) -> None:
         super().__init__()
-        kind = self.attention_kind(config)
+        kind, layer_class = self.attention_kind(config), self.layer_class
         rotaries: list[tuple[RopeConfig | None, RotaryEmbedding]] = []
         layers = []
         for index, layer in enumerate(config.layers):
@@ -172,14 +184,15 @@ class CausalLM(nn.Module, ABC):
             # A window that no sequence outgrows is none.
             window = layer.window if layer.window < max_position else 0
             spec = AttentionSpec(config.attention_scale or config.head_dim**-0.5, window, config.attention_softcap)
-            attention = SelfAttention(config, tp, backend, rotary, kind, spec, self.norm_class)
-            layers.append(self.layer_class(config, attention, self.make_mlp(config, index, tp), tp))
-        self.model = Decoder(config, layers, self.norm_class(config.hidden_size, config.rms_norm_eps, tp), tp)
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp)
+            attention = SelfAttention(config, tp, backend, rotary, kind, spec, layer_class.norm_class)
+            layers.append(layer_class(config, attention, self.make_mlp(config, index, tp), tp))
+        norm = layer_class.norm_class(config.hidden_size, config.rms_norm_eps, tp if layer_class.partial_sums else None)
+        self.model = Decoder(config, layers, norm, tp)
+        self.lm_head = ParallelLMHead(
+            config.vocab_size, config.hidden_size, tp, config.logit_scale, config.logit_softcap
+        )
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.logit_scale = config.logit_scale
-        self.logit_softcap = config.logit_softcap
 
     @staticmethod
     @abstractmethod
@@ -188,6 +201,9 @@ class CausalLM(nn.Module, ABC):
 
     def make_mlp(self, config: ModelConfig, index: int, tp: TensorParallel) -> nn.Module:
         """The feed-forward block of layer `index`: [T, H] -> [T, H], as partial sums."""
+        if config.layers[index].sparse:
+            assert config.moe is not None
+            return SparseMoe(config.hidden_size, config.moe, tp, slot=1)
         return MLP(config, tp)
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext) -> torch.Tensor:
@@ -198,8 +214,4 @@ class CausalLM(nn.Module, ABC):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, H] -> logits [S, rows] of this rank's part of the vocabulary, see `ParallelLMHead`."""
         logits: torch.Tensor = self.lm_head(hidden)
-        if self.logit_scale != 1.0:
-            logits = logits.mul_(self.logit_scale)
-        if self.logit_softcap:
-            logits = logits.div_(self.logit_softcap).tanh_().mul_(self.logit_softcap)
         return logits

@@ -39,6 +39,13 @@ class Family:
         return cls
 
 
+_GEMMA = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
 ARCHITECTURES: dict[str, Family] = {
     "LlamaForCausalLM": Family(
         "nanovllm.models.llama", "LlamaForCausalLM", {"max_position_embeddings": 2048, "eos_token_id": 2}
@@ -89,6 +96,47 @@ ARCHITECTURES: dict[str, Family] = {
         "MistralForCausalLM",
         {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096, "eos_token_id": 2},
         variants.mistral,
+        windows=True,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "nanovllm.models.qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {"max_position_embeddings": 32768, "num_key_value_heads": 4},
+        variants.qwen3_moe,
+        windows=True,
+    ),
+    "MixtralForCausalLM": Family(
+        "nanovllm.models.mixtral",
+        "MixtralForCausalLM",
+        {
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+            "eos_token_id": 2,
+        },
+        variants.mixtral,
+        windows=True,
+    ),
+    "Gemma2ForCausalLM": Family(
+        "nanovllm.models.gemma2",
+        "Gemma2ForCausalLM",
+        {
+            **_GEMMA,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        variants.gemma2,
+        activation="gelu_pytorch_tanh",
+        windows=True,
+    ),
+    "Gemma3ForCausalLM": Family(
+        "nanovllm.models.gemma3",
+        "Gemma3ForCausalLM",
+        {**_GEMMA, "max_position_embeddings": 131072, "rope_theta": 1000000.0},
+        variants.gemma3,
+        activation="gelu_pytorch_tanh",
         windows=True,
     ),
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.errors import UserError
-from nanovllm.models.config import ModelConfig, named_layers, with_windows
+from nanovllm.models.config import ModelConfig, MoeConfig, named_layers, read_rope, with_windows
 
 Json = Mapping[str, Any]
 
@@ -65,6 +65,88 @@ def qwen(model: ModelConfig, config: Json, where: Path) -> ModelConfig:
             )
         return model
     return with_windows(model, sliding, window, where)
+
+
+def qwen3_moe(model: ModelConfig, config: Json, where: Path) -> ModelConfig:
+    """Experts in every layer, or every `decoder_sparse_step`-th, but for those in `mlp_only_layers`; a window in all or none."""
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    model = with_windows(model, [True] * model.num_layers, window, where)
+    step = _count(config, ("decoder_sparse_step",), 1, where)
+    dense = config.get("mlp_only_layers", [])
+    sparse = [i not in dense and (i + 1) % step == 0 for i in range(model.num_layers)]
+    normalize = bool(config.get("norm_topk_prob", False))
+    size = _count(config, ("moe_intermediate_size",), 768, where)
+    return _with_experts(model, config, sparse, (128, 8), size, normalize, where)
+
+
+def mixtral(model: ModelConfig, config: Json, where: Path) -> ModelConfig:
+    """Experts in every layer, a window where the file has one."""
+    model = with_windows(model, [True] * model.num_layers, config.get("sliding_window"), where)
+    return _with_experts(model, config, [True] * model.num_layers, (8, 2), model.intermediate_size, True, where)
+
+
+def gemma2(model: ModelConfig, config: Json, where: Path) -> ModelConfig:
+    """A window in every other layer from the first on, soft caps on scores and logits, embeddings scaled by their size's root."""
+    model = _gemma(model, config, 2, where)
+    return replace(model, attention_softcap=_cap(config, "attn_logit_softcapping", where))
+
+
+def gemma3(model: ModelConfig, config: Json, where: Path) -> ModelConfig:
+    """A window in all layers but every sixth, or as the file says; those with a window have positions of their own."""
+    pattern = _count(config, ("sliding_window_pattern", "_sliding_window_pattern"), 6, where)
+    model = _gemma(model, config, pattern, where)
+    ropes = config.get("rope_parameters")
+    local = dict((ropes or {}).get("sliding_attention") or {"rope_theta": config.get("rope_local_base_freq", 10000.0)})
+    rope = read_rope({**config, "rope_parameters": local}, where.parent)
+    names = named_layers(config, [(i + 1) % pattern != 0 for i in range(model.num_layers)], where)
+    layers = [layer._replace(rope=rope) if slides else layer for layer, slides in zip(model.layers, names, strict=True)]
+    return replace(model, layers=tuple(layers))
+
+
+def _gemma(model: ModelConfig, config: Json, pattern: int, where: Path) -> ModelConfig:
+    if config.get("use_bidirectional_attention"):
+        raise UserError(f"{where} sets use_bidirectional_attention, which is for embeddings; it must be false")
+    sliding = named_layers(config, [(i + 1) % pattern != 0 for i in range(model.num_layers)], where)
+    model = with_windows(model, sliding, config.get("sliding_window"), where)
+    return replace(
+        model,
+        embedding_scale=model.hidden_size**0.5,
+        attention_scale=_number(config, "query_pre_attn_scalar", 256.0, where) ** -0.5,
+        logit_softcap=_cap(config, "final_logit_softcapping", where),
+    )
+
+
+def _cap(config: Json, key: str, where: Path) -> float:
+    """A soft cap; null is none."""
+    return 0.0 if config.get(key) is None else _number(config, key, 0.0, where)
+
+
+def _with_experts(
+    model: ModelConfig,
+    config: Json,
+    sparse: list[bool],
+    defaults: tuple[int, int],
+    size: int,
+    normalize: bool,
+    where: Path,
+) -> ModelConfig:
+    """`model` with experts of `size` features in the layers that are `sparse`; `defaults`: how many, and how many a token takes."""
+    count = _count(config, ("num_experts", "num_local_experts"), defaults[0], where)
+    each = _count(config, ("num_experts_per_tok",), defaults[1], where)
+    if each > count:
+        raise UserError(f"{where} gives num_experts_per_tok={each}; there are {count} experts")
+    layers = [layer._replace(sparse=has) for layer, has in zip(model.layers, sparse, strict=True)]
+    moe = MoeConfig(count, each, size, normalize) if any(sparse) else None
+    return replace(model, layers=tuple(layers), moe=moe)
+
+
+def _count(config: Json, keys: tuple[str, ...], default: int, where: Path) -> int:
+    """The number under the first of `keys` that is there."""
+    key = next((key for key in keys if key in config), keys[0])
+    value = config.get(key, default)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{where} gives {key}={value!r}; it must be a whole number of 1 or more")
+    return value
 
 
 def _number(config: Json, key: str, default: float, where: Path) -> float:

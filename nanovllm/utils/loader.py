@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from nanovllm.errors import UserError
 from nanovllm.layers.embed_head import ParallelLMHead
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from nanovllm.layers.moe import FusedExperts
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.quantization import Quantization, WeightScheme
 from nanovllm.utils.dequantize import dequantize
@@ -172,15 +173,21 @@ def load_model(model: CausalLM, model_dir: Path, quantization: Quantization | No
         for name, tensor in stored.items():
             layer, _, kind = name.rpartition(".")
             scheme = None if kind == "bias" else schemes.get(layer)
+            if scheme is not None and kind != scheme.main:
+                continue  # read with the numbers it belongs to
+            target, part = _parameter_name(name if scheme is None else f"{layer}.weight", model)
+            module = model.get_submodule(target.rpartition(".")[0])
+            if isinstance(module, FusedExperts) and not module.holds(part):
+                continue
             if scheme is None:
-                target, part = _parameter_name(name, model)
                 jobs.append(_Job([tensor], params[target], part))
-            elif kind == scheme.main:
-                target, part = _parameter_name(f"{layer}.weight", model)
-                parts = [stored[f"{layer}.{own}"] for own in scheme.names if f"{layer}.{own}" in stored]
-                module = model.get_submodule(target.rpartition(".")[0])
+                continue
+            parts = [stored[f"{layer}.{own}"] for own in scheme.names if f"{layer}.{own}" in stored]
+            if isinstance(module, FusedExperts):
+                columns = module.part_shape(part)[1]
+            else:
                 columns = params[target].shape[1] * (module.tp.size if isinstance(module, RowParallelLinear) else 1)
-                jobs.append(_Job(parts, params[target], part, scheme, columns))
+            jobs.append(_Job(parts, params[target], part, scheme, columns))
         # The largest first, so that no reader is left alone with one at the end.
         todo = deque(sorted(jobs, key=lambda job: sum(tensor.nbytes for tensor in job.stored), reverse=True))
         readers = _num_readers(device)
@@ -340,11 +347,15 @@ def _copy(param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
 
 def _parameter_name(name: str, model: CausalLM) -> tuple[str, str | None]:
     """Checkpoint name -> parameter name and, where it is part of a fused parameter, the part."""
-    pieces = name.split(".")
+    module_names = {there: here for here, there in model.renamed.items()}
+    pieces = [module_names.get(piece, piece) for piece in name.split(".")]
+    if len(pieces) > 3 and pieces[-4] == "experts" and pieces[-2] in model.expert_parts:
+        param, part = model.expert_parts[pieces[-2]]
+        return ".".join([*pieces[:-3], param]), f"{pieces[-3]}.{part}"
     if len(pieces) > 1 and pieces[-2] in model.packed_modules:
         pieces[-2], part = model.packed_modules[pieces[-2]]
         return ".".join(pieces), part
-    return name, None
+    return ".".join(pieces), None
 
 
 def _expected_tensors(model: CausalLM) -> dict[str, tuple[int, ...]]:
@@ -358,9 +369,19 @@ def _expected_tensors(model: CausalLM) -> dict[str, tuple[int, ...]]:
         if isinstance(module, ColumnParallelLinear) and (fused, next(iter(module.offsets))) in names_of_parts:
             for part, (_, rows, _) in module.offsets.items():
                 expected[f"{parent}.{names_of_parts[fused, part]}.{kind}"] = (rows, *param.shape[1:])
+        elif isinstance(module, FusedExperts):
+            for part_name, (fused, part) in model.expert_parts.items():
+                if fused == kind:
+                    shape = module.part_shape(part)
+                    expected |= {f"{module_name}.{i}.{part_name}.weight": shape for i in range(module.total)}
         else:
             expected[name] = tuple(param.shape)
-    return expected
+    return {_checkpoint_name(name, model): shape for name, shape in expected.items()}
+
+
+def _checkpoint_name(name: str, model: CausalLM) -> str:
+    """What the checkpoint calls the module or parameter `name`, parts of fused ones aside."""
+    return ".".join(model.renamed.get(piece, piece) for piece in name.split(".")) if model.renamed else name
 
 
 def _schemes(model: CausalLM, quantization: Quantization | None) -> dict[str, WeightScheme]:
@@ -373,8 +394,11 @@ def _schemes(model: CausalLM, quantization: Quantization | None) -> dict[str, We
         parent, _, own = name.rpartition(".")
         if isinstance(module, ColumnParallelLinear) and (own, next(iter(module.offsets))) in names_of_parts:
             layers += [f"{parent}.{names_of_parts[own, part]}" for part in module.offsets]
+        elif isinstance(module, FusedExperts):
+            layers += [f"{name}.{i}.{part}" for i in range(module.total) for part in model.expert_parts]
         elif isinstance(module, (ColumnParallelLinear, RowParallelLinear, ParallelLMHead)):
             layers.append(name)
+    layers = [_checkpoint_name(layer, model) for layer in layers]
     found = {layer: quantization.scheme_of(layer) for layer in layers}
     return {layer: scheme for layer, scheme in found.items() if scheme is not None}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, UserError
-from nanovllm.engine import scheduler
+from nanovllm.engine import scheduler, shared_prefix
 from nanovllm.outputs import RequestOutput
 from tests.models import make_model
 
@@ -64,6 +64,27 @@ def test_tokens_equal_those_of_the_cpu(model: Path, expected: list[list[int]], o
     assert tokens(run(model, device="cuda", **options)[0]) == expected
 
 
+# What each has that the others have not is switched on, and shorter than the prompts.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 1},
+    "llama": {},
+    "granite": {},
+    "smollm3": {},
+    "phi3": {"hidden_size": 64, "partial_rotary_factor": 0.75, "sliding_window": 33},
+    "mistral": {"sliding_window": 24},
+    "qwen3_moe": {"num_hidden_layers": 3, "mlp_only_layers": [1]},
+    "mixtral": {},
+    "gemma2": {},
+    "gemma3": {},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_tokens_of_the_cpu(family: str, tmp_path: Path) -> None:
+    path = make_model(tmp_path, family, **FAMILIES[family])
+    assert tokens(run(path, device="cuda")[0]) == tokens(run(path, device="cpu")[0])
+
+
 def test_tight_pool_and_cached_prefixes(
     model: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,3 +115,62 @@ def test_two_engines_share_the_gpu(model: Path, expected: list[list[int]]) -> No
 def test_more_blocks_than_memory_are_refused(model: Path) -> None:
     with pytest.raises(UserError, match="num_kvcache_blocks=100000000"):
         LLM(str(model), num_kvcache_blocks=100_000_000)
+
+
+def logprobs_of(output: RequestOutput) -> list[float]:
+    """Of the prompt's tokens, or of labels, where they were asked for."""
+    positions = output.get("prompt_logprobs") or []
+    return [entry.logprob for position in positions for entry in (position or {}).values()] + [
+        *(output.get("label_probs") or {}).values()
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}], ids=str)
+def test_scores_and_constrained_rows_beside_decodes(
+    tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any]
+) -> None:
+    """Rows that come while others decode, in padded graphs with chunks: scores, masks and tokens are those of the CPU."""
+    model = make_model(tmp_path_factory.mktemp("models") / "chat", tokenizer=True)
+    rng = random.Random(1)
+    texts = [f"{'the quick brown fox ' * rng.randrange(4)}number {row}" for row in range(60)]
+    kinds: list[dict[str, Any]] = [
+        {"prompt_logprobs": 2, "max_tokens": 5},
+        {"labels": ["yes", "no", "not sure"]},
+        {"structured_outputs": {"regex": "[a-f]{3,20}-[0-9]{2}"}, "max_tokens": 40},
+        {"structured_outputs": {"choice": ["the quick brown fox jumps over the lazy dog", "no"]}, "max_tokens": 60},
+        {"max_tokens": 30},
+    ]
+    params = [
+        SamplingParams(**{"temperature": 0.9 * (row % 2), "seed": row, **kinds[row % 5]}) for row in range(len(texts))
+    ]
+    found = []
+    for device in ("cpu", "cuda"):
+        llm = LLM(str(model), device=device, dtype="float32", max_num_seqs=9, max_model_len=256, **options)
+        found.append(llm.generate(texts, params, use_tqdm=False))
+        llm.exit()
+    assert [output["error"] for output in found[1]] == [None] * len(texts)
+    assert tokens(found[1]) == tokens(found[0])
+    for expected, output in zip(*found, strict=True):
+        assert logprobs_of(output) == pytest.approx(logprobs_of(expected), abs=1e-3)
+        assert output.get("parsed") == expected.get("parsed") and output.get("label") == expected.get("label")
+
+
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}, {"max_num_seqs": 5}], ids=str)
+def test_shared_prefixes(model: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One instruction, documents for some of the rows, in several levels; the plain path's tokens."""
+    for name, value in (("LEAST_TOKENS", 16), ("LEAST_SAVED", 1), ("LEAST_SAVED_STEP", 1), ("ENTRY_TOKENS", 0)):
+        monkeypatch.setattr(shared_prefix, name, value)
+    rng = random.Random(2)
+    documents = [[rng.randrange(257) for _ in range(60)] for _ in range(4)]
+    prompts = [
+        SHARED + documents[rng.randrange(4)] + [rng.randrange(257) for _ in range(rng.randrange(1, 30))]
+        for _ in PROMPTS
+    ]
+    found = []
+    for shared in (False, True):
+        settings: dict[str, Any] = {"max_num_seqs": 24, "kvcache_block_size": 16, "max_model_len": 256, **options}
+        llm = LLM(str(model), device="cuda", dtype="float32", shared_prefix_attention=shared, **settings)
+        found.append(tokens(llm.generate(prompts, PARAMS, use_tqdm=False)))
+        assert (llm.sharing is not None) == shared
+        llm.exit()
+    assert found[0] == found[1]

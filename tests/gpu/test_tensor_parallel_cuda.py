@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -18,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams
-from nanovllm.engine.executor import RANK_ENVIRONMENT
 from nanovllm.engine.rank_worker import join_ranks
+from nanovllm.engine.ranks import RANK_ENVIRONMENT
 from nanovllm.kernels.layernorm import add_rms_norm
 from nanovllm.layers.parallel import PULLED_BYTES, SWITCH, TensorParallel
 from tests.gpu.test_engine_cuda import PARAMS, PROMPTS
@@ -257,3 +258,23 @@ def test_ranks_end_when_their_parent_is_killed(model: Path, tmp_path: Path) -> N
         parent.send_signal(signal.SIGKILL)
         parent.wait()
         wait_until(lambda: all(map(gone, ranks)))
+
+
+APART = """
+import json, os, sys
+from pathlib import Path
+from tests.gpu.test_tensor_parallel_cuda import generate
+from tests.unit.test_ranks import Elsewhere
+launcher = Elsewhere(before=lambda address, port: os.environ.update(CUDA_VISIBLE_DEVICES="1"))
+print(json.dumps(generate(Path(sys.argv[1]), tensor_parallel_size=2, launcher=launcher)))
+"""
+
+
+def test_ranks_that_see_only_their_own_gpu(model: Path, expected: list[list[int]]) -> None:
+    """As on several nodes: each rank is given one GPU, they meet over TCP and sum through NCCL."""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]), CUDA_VISIBLE_DEVICES="0")
+    command = [sys.executable, "-c", APART, str(model)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=280, check=True)
+    tokens, summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary.endswith("sums over ranks through NCCL (rank 0: the ranks see no GPUs but their own)")
+    assert tokens == expected

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -77,6 +78,8 @@ class FaultyProxy:
         away: whether every connection is closed at once.
         signed_only: whether requests without a signature are denied.
         failed: how many requests failed in each way.
+        asked: of every request the method, the path and the first byte it asks for.
+        hold: says which requests for a path and from a first byte on are not answered.
     """
 
     def __init__(self, upstream: int, seed: int) -> None:
@@ -84,6 +87,8 @@ class FaultyProxy:
         self.away = False
         self.signed_only = False
         self.failed: dict[str, int] = {}
+        self.asked: list[tuple[str, str, int]] = []
+        self.hold: Callable[[str, int], bool] = lambda path, first: False
         self._upstream = upstream
         self._random = random.Random(seed)
         self._loop = asyncio.new_event_loop()
@@ -98,9 +103,16 @@ class FaultyProxy:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._loop.call_soon_threadsafe(self._server.close)
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(timeout=30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=30)
+
+    async def _close(self) -> None:
+        self._server.close()
+        waiting = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One request; every connection carries one."""
@@ -110,8 +122,12 @@ class FaultyProxy:
         writer.close()
 
     async def _answer(self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.away:
+        method, path, _ = head.decode("latin-1").split(" ", 2)
+        first = re.search(rb"(?i)\r\nrange: bytes=(\d+)", head)
+        self.asked.append((method, path, int(first[1]) if first else 0))
+        if self.away or self.hold(path, self.asked[-1][2]):
             self._count("away")
+            await asyncio.sleep(0 if self.away else 600)
             return
         if self.signed_only and b"\r\nauthorization:" not in head.lower():
             writer.write(DENIED % (len(NOBODY), b"" if head.startswith(b"HEAD") else NOBODY))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.browser import check_page, chromium
 from tests.integration.jobs import (
     SLOW,
     journalled_rows,
@@ -63,12 +64,25 @@ def test_report_and_success(undisturbed: Path) -> None:
     assert summary["config"]["sampling"]["max_tokens"] == 24
     assert {"python", "ray", "torch", "nanovllm"} <= set(summary["versions"])
     assert summary["this_start"]["samples"]
+    assert [(e["file"], e["row"], e["message"]) for e in summary["error_samples"]] == [
+        ("a.parquet", 7, "prompt is null"),
+        ("a.parquet", 8, "prompt is empty"),
+    ]
+    # All that engines did is told, also what they did after their last report.
+    assert sum(actor["generated_tokens"] for actor in summary["this_start"]["actors"]) == 238 * 24
+    assert summary["this_start"]["generated_tokens"] == 238 * 24
+    assert (
+        0 < summary["cost"]["loading_hours"] < summary["cost"]["engine_hours"] < summary["this_start"]["seconds"] / 3600
+    )
+    assert {"begin", "actor", "end"} <= {event["kind"] for event in summary["events"]}
+    assert "CPU" in summary["roofline"]["reason"]
     page = (undisturbed / "_run" / "report.html").read_text()
     assert "<svg" in page
     assert "http" not in page.replace("http://www.w3.org", "")
     assert json.loads((undisturbed / "_SUCCESS").read_text()) == {"rows": ROWS, "files": len(parts(undisturbed))}
     assert sorted(path.name for path in (undisturbed / "_run").iterdir()) == [
         "config.yaml",
+        "history",
         "input.parquet",
         "job.json",
         "ledger",
@@ -77,6 +91,14 @@ def test_report_and_success(undisturbed: Path) -> None:
         "report.json",
         "schema.parquet",
     ]
+
+
+def test_the_page_in_a_browser(undisturbed: Path, tmp_path: Path) -> None:
+    with chromium() as browser:
+        check_page(browser, undisturbed / "_run" / "report.html", tmp_path)
+        seen = browser.evaluate("document.body.innerText")
+        assert "a.parquet row 8: prompt is empty" in seen
+        assert "engine ready" in seen
 
 
 def test_a_second_start_says_so(undisturbed: Path, workplace: Path) -> None:
@@ -112,6 +134,8 @@ def test_killed_it_ends_the_same(undisturbed: Path, workplace: Path, dataset: Pa
     assert now["reused_rows"] == journalled
     # What this start generated is what was neither committed nor journalled.
     assert now["generated_tokens"] <= (ROWS - now["resumed_rows"] - now["reused_rows"]) * 24
+    assert [start["status"] for start in summary["starts"]] == ["running", "finished"]  # the first without a word
+    assert [event["start"] for event in summary["events"] if event["kind"] == "begin"] == [0, 1]
     whole = report(undisturbed)
     for figure in (
         "rows",
@@ -121,6 +145,7 @@ def test_killed_it_ends_the_same(undisturbed: Path, workplace: Path, dataset: Pa
         "errors",
         "finish_reasons",
         "input_lengths",
+        "error_samples",
     ):
         assert summary[figure] == whole[figure]
 

@@ -103,9 +103,12 @@ def test_a_second_start_is_refused_and_a_stopped_first_goes_on(
     assert "taking over" not in done.stdout
     assert parts(output) == parts(undisturbed)
     assert leases(output) == []
-    now = report(output)["this_start"]
+    summary = report(output)
+    now = summary["this_start"]
     assert now["reused_rows"] == journalled
     assert now["generated_tokens"] <= (ROWS - now["resumed_rows"] - journalled) * 24
+    assert [start["status"] for start in summary["starts"]] == ["stopped", "finished"]
+    assert {"begin", "stopping", "stopped"} <= {event["kind"] for event in summary["events"] if event["start"] == 0}
 
 
 def test_a_suspended_job_is_taken_over_and_marks_nothing(

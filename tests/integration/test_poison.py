@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from nanovllm.engine.poison import VARIABLE
-from tests.integration.jobs import SLOW, end, members, parts, run, start, table_of, wait_for
+from tests.integration.jobs import SLOW, end, members, parts, report, run, start, table_of, wait_for
 
 POISONED = 123  # of the undisturbed dataset's rows, the one whose prompt holds "fox 123"
 
@@ -48,6 +48,10 @@ def test_a_prompt_that_kills_the_engine_is_one_error_row(
     others = [row for row in range(240) if row != POISONED]
     assert rows.take(others).to_pylist() == expected.take(others).to_pylist()
     engines = len(set(re.findall(r"MapWorker.* pid=(\d+).* KV blocks of", done.stdout + done.stderr)))
+    events = report(output)["events"]
+    kinds = {event["kind"] for event in events}
+    assert {"actor", "restart", "retry", "apart"} <= kinds
+    assert any(event["kind"] == "death" and "poisoned" in event["text"] for event in events) is (how == "raise")
     # An engine for every death, one each to end the job's two passes, and one that Ray may have started again when a pass was over.
     assert 2 <= engines - 1 <= deaths + 2
 

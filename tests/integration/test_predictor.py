@@ -153,6 +153,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+@pytest.mark.long  # test_ray_jobs is its kind
 def test_ray_job_submit(head: dict[str, str], tmp_path: Path, chat_model_dir: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out"
     prompts = [f'line one {number}\nline "two"' for number in range(50)]

@@ -91,7 +91,7 @@ def test_on_s3_killed_it_ends_the_same(undisturbed: Path, workplace: Path, s3: i
     assert now["generated_tokens"] <= (ROWS - now["resumed_rows"] - journalled) * 24
     left = {entry.base_name for entry in children(resolve(output).child("_run"))}
     files = ("config.yaml", "job.json", "plan.parquet", "input.parquet", "schema.parquet", "report.html", "report.json")
-    assert left == {*files, "ledger"}
+    assert left == {*files, "ledger", "history"}
 
 
 def test_on_s3_by_environment_an_actor_dies(

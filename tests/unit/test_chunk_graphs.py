@@ -71,7 +71,7 @@ PARAMS = [
         max_tokens=RNG.randint(1, 5),
         seed=i,
         top_k=5 * (i % 4 == 3),
-        prompt_logprobs=1 if i in (3, 5) else None,
+        prompt_logprobs=1 if i in (3, 4) else None,
     )
     for i in range(len(PROMPTS))
 ]

@@ -239,6 +239,87 @@ def test_weights_that_do_not_fit_the_config(tmp_path: Path, change: Change, expe
     assert expected in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("family", "change", "expected"),
+    [
+        (
+            "qwen3_moe",
+            lambda t: t.pop("model.layers.1.mlp.experts.5.up_proj.weight"),
+            "lacks the tensor model.layers.1.mlp.experts.5.up_proj.weight",
+        ),
+        (
+            "qwen3_moe",
+            lambda t: t.update({"model.layers.0.mlp.experts.6.up_proj.weight": torch.zeros(20, 48)}),
+            "holds the tensor model.layers.0.mlp.experts.6.up_proj.weight, which Qwen3MoeForCausalLM",
+        ),
+        (
+            "qwen3_moe",
+            lambda t: t.update({"model.layers.0.mlp.experts.3.down_proj.weight": torch.zeros(20, 48)}),
+            "experts.3.down_proj.weight has shape [20, 48], config.json asks for [48, 20]",
+        ),
+        (
+            "mixtral",
+            lambda t: t.pop("model.layers.0.block_sparse_moe.gate.weight"),
+            "lacks the tensor model.layers.0.block_sparse_moe.gate.weight",
+        ),
+        (
+            "mixtral",
+            lambda t: t.update({"model.layers.1.block_sparse_moe.experts.0.w2.weight": torch.zeros(88, 48)}),
+            "block_sparse_moe.experts.0.w2.weight has shape [88, 48], config.json asks for [48, 88]",
+        ),
+        (
+            "phi3",
+            lambda t: t.update({"model.layers.0.self_attn.qkv_proj.weight": torch.zeros(90, 48)}),
+            "self_attn.qkv_proj.weight has shape [90, 48], config.json asks for [96, 48]",
+        ),
+        (
+            "phi3",
+            lambda t: t.pop("model.layers.0.mlp.gate_up_proj.weight"),
+            "lacks the tensor model.layers.0.mlp.gate_up_proj.weight",
+        ),
+    ],
+)
+def test_weights_of_experts_and_fused_ones_are_named(
+    tmp_path: Path, family: str, change: Change, expected: str
+) -> None:
+    tensors = make_weights(make_config(family))
+    change(tensors)
+    write_weights(make_model(tmp_path, family), tensors)
+    assert expected in refusal(tmp_path)
+
+
+def test_ranks_that_experts_cannot_be_shared_by(tmp_path: Path, model_dir: Path) -> None:
+    path = make_model(tmp_path, "qwen3_moe", num_experts=7, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    assert "7 experts" in refusal(path, tensor_parallel_size=2, enable_expert_parallel=True)
+    assert "20 features of an expert" in refusal(path, tensor_parallel_size=8)
+    line = refusal(model_dir, enable_expert_parallel=True)
+    assert "enable_expert_parallel=True" in line and "Qwen3ForCausalLM) has no experts" in line
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("qwen3_moe", {"num_experts": 0}, "num_experts=0"),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok=7; there are 6 experts"),
+        ("qwen3_moe", {"moe_intermediate_size": "wide"}, "moe_intermediate_size='wide'"),
+        ("mixtral", {"num_local_experts": -1}, "num_local_experts=-1"),
+        ("mistral", {"sliding_window": 2.5}, "sliding_window=2.5"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier=0"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers=[1]"),
+        ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5"),
+        ("phi3", {"partial_rotary_factor": 0.3}, "rotates 3.6 of a head's 12 dimensions"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "short_factor as a list of 6 numbers"),
+    ],
+)
+def test_configs_of_families_that_ask_for_the_impossible(
+    tmp_path: Path, family: str, changes: dict[str, Any], expected: str
+) -> None:
+    path = make_model(tmp_path, family)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+    assert expected in refusal(path)
+
+
 def test_tied_models_may_carry_a_head_and_old_ones_their_frequencies(tmp_path: Path) -> None:
     """Written by some trainers; both are computed, so they change nothing."""
     path = make_model(tmp_path, tie_word_embeddings=True)

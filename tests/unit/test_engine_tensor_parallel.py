@@ -28,10 +28,11 @@ import torch
 
 from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams
 from nanovllm.config import EngineConfig
-from nanovllm.engine.executor import RANK_ENVIRONMENT, MultiprocExecutor, RankReply
+from nanovllm.engine.executor import RankedExecutor, RankReply
 from nanovllm.engine.model_input import ModelInput
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.rank_worker import join_ranks
+from nanovllm.engine.ranks import RANK_ENVIRONMENT, ChildRank, RankGroup
 from nanovllm.kernels.all_reduce import OneShotAllReduce
 from nanovllm.kernels.layernorm import add_rms_norm_torch
 from nanovllm.kernels.triton_compat import HAS_TRITON
@@ -95,7 +96,7 @@ def test_two_ranks_sample_as_one_and_end_with_their_engine(model_dir: Path) -> N
     ranks = rank_processes()
     two = llm.generate(prompts, params, use_tqdm=False)
     assert [o["token_ids"] for o in two] == [o["token_ids"] for o in one]
-    rendezvous = llm.executor.rendezvous_dir  # type: ignore[attr-defined]
+    rendezvous = Path(llm.executor.group.rendezvous).parent  # type: ignore[attr-defined]
     assert rendezvous.is_dir()
     llm.exit()
     assert all(map(gone, ranks))
@@ -115,7 +116,7 @@ def test_ranks_end_when_the_engine_is_dropped(model_dir: Path, monkeypatch: pyte
     for rank in ranks:  # what the user has set stays
         assert {**RANK_ENVIRONMENT, "NCCL_NVLS_ENABLE": "1"}.items() <= rank.environ().items()
     assert llm.executor.summary.endswith("sums over ranks through gloo")
-    rendezvous = llm.executor.rendezvous_dir  # type: ignore[attr-defined]
+    rendezvous = Path(llm.executor.group.rendezvous).parent  # type: ignore[attr-defined]
     del llm
     gc.collect()
     wait_until(lambda: all(map(gone, ranks)))
@@ -124,13 +125,12 @@ def test_ranks_end_when_the_engine_is_dropped(model_dir: Path, monkeypatch: pyte
 
 def test_the_killed_rank_is_blamed_even_if_another_complains_first() -> None:
     """The survivors' collectives fail with it, and their words may arrive before its end is seen."""
-    executor = object.__new__(MultiprocExecutor)
-    executor.rendezvous_dir = Path("/nonexistent")
+    executor = object.__new__(RankedExecutor)
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-    executor.processes = [subprocess.Popen(sleep) for _ in range(2)]
+    processes = [subprocess.Popen(sleep) for _ in range(2)]
     pairs = [multiprocessing.Pipe() for _ in range(2)]
-    executor.connections = [ours for ours, _ in pairs]
-    processes = list(executor.processes)
+    ranks = [ChildRank(process, ours) for process, (ours, _) in zip(processes, pairs, strict=True)]
+    executor.group = RankGroup([*ranks], "/nonexistent/store")
     pairs[0][1].send(RankReply(error="RuntimeError: Connection closed by peer"))
     processes[1].kill()
     with pytest.raises(EngineDeadError, match=r"rank 1 .* was killed by SIGKILL"):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,42 @@ def test_two_ranks_hold_the_checkpoint_between_them(
         assert not ranks[1][name][-1].any()
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_two_ranks_hold_all_experts_between_them(family: str, parallel: bool, tmp_path: Path) -> None:
+    path = make_model(tmp_path, family, shards=3)
+    config = ModelConfig.from_dir(path, ARCHITECTURES)
+    assert config.moe is not None
+    config = replace(config, moe=config.moe._replace(parallel=parallel))
+    ranks = []
+    for rank in range(2):
+        model = ARCHITECTURES[config.architecture].load()(config, TensorParallel(rank, 2), TorchBackend(1, 1, 1), 16)
+        for param in model.parameters():
+            param.data.fill_(-12345.0)
+        loader.load_model(model, path)
+        assert not any((param == -12345.0).any() for name, param in model.named_parameters() if "mlp" in name)
+        ranks.append(model.model.layers[1].mlp)
+    whole, size = checkpoint(path), config.moe.intermediate_size
+    block, names = "mlp", ("gate_proj", "up_proj", "down_proj")
+    if family == "mixtral":
+        block, names = "block_sparse_moe", ("w1", "w3", "w2")
+    assert torch.equal(ranks[1].gate.weight, whole[f"model.layers.1.{block}.gate.weight"])
+    for expert in range(config.moe.num_experts):
+        gate, up, down = (whole[f"model.layers.1.{block}.experts.{expert}.{name}.weight"] for name in names)
+        if parallel:
+            half = config.moe.num_experts // 2
+            experts = ranks[expert // half].experts
+            assert len(experts.gate_up) == half
+            assert torch.equal(experts.gate_up[expert % half], torch.cat((gate, up)))
+            assert torch.equal(experts.down[expert % half], down)
+        else:
+            halves = [rank.experts.gate_up[expert].chunk(2) for rank in ranks]
+            assert halves[0][0].shape == (size // 2, 48)
+            assert torch.equal(torch.cat([g for g, _ in halves]), gate)
+            assert torch.equal(torch.cat([u for _, u in halves]), up)
+            assert torch.equal(torch.cat([rank.experts.down[expert] for rank in ranks], dim=1), down)
+
+
 def test_a_kv_head_that_two_ranks_share(tmp_path: Path, eight_readers: dict[str, Any]) -> None:
     path = make_model(tmp_path, num_key_value_heads=1)
     whole = checkpoint(path)
@@ -345,5 +382,5 @@ def test_a_hub_id_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         hub.resolve_model("someone/some-model")
     assert hub.resolve_model("someone/some-model") == tmp_path
     assert hub.resolve_model("someone/some-model") == tmp_path
-    assert len(calls) == 2  # a failure is not remembered
+    assert len(calls) == 3  # once small files, once weights; a failure is not remembered
     hub._download.cache_clear()

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import scheduler
+from nanovllm.kernels.triton_compat import HAS_TRITON
+from nanovllm.layers.backends import triton_backend
 from nanovllm.outputs import RequestOutput
 from tests.models import make_model
 
@@ -130,6 +132,26 @@ CASES = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "qwen3-moe-mqa": Case("qwen3_moe", {"num_key_value_heads": 1, "num_experts_per_tok": 3}),
+    "qwen3-moe-some-dense-raw-weights": Case(
+        "qwen3_moe",
+        {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": False, "vocab_size": 259, "shards": 2},
+    ),
+    "mixtral-window-v5": Case("mixtral", {"sliding_window": 30, "num_key_value_heads": 1, "form": "5.x"}),
+    "gemma2-softcaps-mqa": Case("gemma2", {"num_key_value_heads": 1, "vocab_size": 263}),
+    "gemma2-no-softcaps-tied": Case(
+        "gemma2",
+        {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 3,
+        },
+    ),
+    "gemma3-linear-mqa": Case(
+        "gemma3", {"num_key_value_heads": 1, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "vocab_size": 259}
+    ),
+    "gemma3-v5": Case("gemma3", {"form": "5.x", "final_logit_softcapping": 20.0}),
     "phi3-window": Case("phi3", {"sliding_window": 33, "tie_word_embeddings": True}),
     "phi3-longrope-partial": Case(
         "phi3",
@@ -147,12 +169,16 @@ CASES = {
     ),
 }
 # One a family, each with fewer KV heads than ranks or a vocabulary that two does not divide. The long ones differ from those of
-# `llama` and `phi3` in nothing that is sharded.
+# `llama`, `phi3`, `qwen3_moe` and `gemma2` in nothing that is sharded.
 TP_CASES = (
     "qwen3-mqa-yarn-sharded",
     "qwen2-mqa-v5",
     "llama-mqa-biases-yarn",
     "phi3-longrope-partial",
+    "qwen3-moe-some-dense-raw-weights",
+    "gemma2-softcaps-mqa",
+    pytest.param("mixtral-window-v5", marks=pytest.mark.long),
+    pytest.param("gemma3-linear-mqa", marks=pytest.mark.long),
     pytest.param("granite-group2", marks=pytest.mark.long),
     pytest.param("smollm3-nope-tied", marks=pytest.mark.long),
     pytest.param("mistral-window-v5", marks=pytest.mark.long),
@@ -169,7 +195,9 @@ class Reference(NamedTuple):
 
 
 def load_oracle(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path).float().eval()
+    # Gemma 2 leaves out its soft caps where attention is any other than this.
+    eager = {"attn_implementation": "eager"} if "Gemma2" in (path / "config.json").read_text() else {}
+    return AutoModelForCausalLM.from_pretrained(path, **eager).float().eval()
 
 
 def oracle_generate(oracle: PreTrainedModel, prompt: list[int], max_tokens: int, eos: Any = None) -> list[int]:
@@ -262,6 +290,30 @@ def test_two_ranks(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     llm = LLM(str(reference.path), tensor_parallel_size=2, **options)
     try:
         run(reference, llm)
+        run(reference, llm)
+    finally:
+        llm.exit()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_windows_and_softcaps_by_the_kernels(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of two kinds in one engine: each has a split of its own. As compiled or interpreted, where few programs are quick."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(triton_backend, "decode_programs", lambda *_: 3)
+    reference = make_reference("gemma2-softcaps-mqa", tmp_path_factory.getbasetemp())
+    some = slice(3, 6)  # shorter than the window, and longer
+    llm = LLM(str(reference.path), attention_backend="triton", kvcache_block_size=16, max_num_seqs=4, max_model_len=128)
+    params = [SamplingParams(temperature=0, max_tokens=4) for _ in reference.params[some]]
+    outputs = llm.generate(reference.prompts[some], params, use_tqdm=False)
+    assert [o["token_ids"] for o in outputs] == [row[:4] for row in reference.expected[some]]
+
+
+def test_two_ranks_with_an_experts_half_each(tmp_path_factory: pytest.TempPathFactory) -> None:
+    reference = make_reference("qwen3-moe-mqa", tmp_path_factory.getbasetemp())
+    llm = LLM(str(reference.path), tensor_parallel_size=2, enable_expert_parallel=True, kvcache_block_size=16)
+    try:
         run(reference, llm)
     finally:
         llm.exit()

@@ -46,7 +46,7 @@ class FakeEngine:
         pass
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 0, 0, 0, 0, 0, 0.0)
+        return EngineStats(0, 0, 1, 0, 0, 0, 0, 0.0)
 
     def submit(self, prompt: str, params: SamplingParams) -> Future[RequestOutput]:
         self.prompts.append(prompt)

@@ -159,18 +159,23 @@ FORMATS: dict[str, tuple[Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]],
 }
 
 
-def quantized(path: Path, name: str) -> tuple[Path, Path]:
+def quantized(path: Path, name: str, family: str = "qwen3") -> tuple[Path, Path]:
     """Two directories: a tiny model in a format, and the same with what that means as plain weights."""
     write, config = FORMATS[name]
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
-    directories = [make_model(path / kind, "qwen3", **sizes) for kind in ("stored", "plain")]
+    sizes |= {"moe_intermediate_size": 32} if family == "qwen3_moe" else {}
+    directories = [make_model(path / kind, family, **sizes) for kind in ("stored", "plain")]
     stored: Tensors = {}
     plain: Tensors = {}
     quantization = read_quantization({"quantization_config": config}, path)
     assert quantization is not None
     for full, tensor in load_file(directories[0] / "model.safetensors").items():
         layer, _, kind = full.rpartition(".")
-        if kind != "weight" or not layer.endswith("_proj") or quantization.scheme_of(layer) is None:
+        if (
+            kind != "weight"
+            or not layer.endswith(("_proj", ".w1", ".w2", ".w3"))
+            or quantization.scheme_of(layer) is None
+        ):
             stored[full] = plain[full] = tensor
             continue
         parts, meant = write(tensor)
@@ -186,12 +191,14 @@ def quantized(path: Path, name: str) -> tuple[Path, Path]:
     return directories[0], directories[1]
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_quantized_model_is_the_model_its_weights_mean(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "family"), [*((name, "qwen3") for name in FORMATS), ("fp8 blocks", "qwen3_moe"), ("awq", "mixtral")]
+)
+def test_a_quantized_model_is_the_model_its_weights_mean(name: str, family: str, tmp_path: Path) -> None:
     params = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)
     prompts = [[1, 2, 3, 4], [200, 7]]
     found = []
-    stored, plain = quantized(tmp_path, name)
+    stored, plain = quantized(tmp_path, name, family)
     for directory, ranks in ((plain, 1), (stored, 1), *([(stored, 2)] if name == "fp8 blocks" else [])):
         llm = LLM(str(directory), kvcache_block_size=16, max_model_len=64, tensor_parallel_size=ranks)
         outputs = llm.generate(prompts, params, use_tqdm=False)
