@@ -73,6 +73,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "tie_word_embeddings": False,
     },
+    "qwen3-30b-a3b": _QWEN3
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -114,6 +129,7 @@ class WorkloadSpec(NamedTuple):
 WORKLOADS = {
     "seed": WorkloadSpec("qwen3-0.6b", 256, (100, 1024), (100, 1024), max_num_seqs=256),
     "8b": WorkloadSpec("qwen3-8b", 1024, (100, 1024), (100, 1024), max_num_seqs=1024),
+    "30b-a3b": WorkloadSpec("qwen3-30b-a3b", 1024, (100, 1024), (100, 1024), max_num_seqs=1024),
     # More rows than slots: one is admitted whenever one ends, as in a job.
     "stream": WorkloadSpec("qwen3-0.6b", 768, (100, 1024), (100, 1024), max_num_seqs=256),
     # One instruction for all rows, a short text and a short answer each.

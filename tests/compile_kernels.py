@@ -11,6 +11,7 @@ from typing import Any
 
 from nanovllm.kernels import (
     activation,
+    all_reduce,
     fused_moe,
     layernorm,
     lora,
@@ -73,6 +74,9 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         found.append((f"rope {rotary} {weight}", kernel, types, ROPE_SHAPE | {"ROTARY": rotary}))
     norm = {"ADD": True, "SPLITS": 1, "BLOCK": 1024, "PDL": True}
     found.append(("norm", layernorm._add_rms_norm_kernel, NORM | {"weight_ptr": F32}, norm))
+    reduced = NORM | {"weight_ptr": F32, "addresses_ptr": I64}
+    shape = {"WORLD": 2, "ADD": False, "SYNC": True, "BLOCK": 1024, "PDL": True}
+    found.append(("sum over ranks", all_reduce._all_reduce_add_rms_norm_kernel, reduced, shape))
     gate = {"GELU": True, "BLOCK": 1024, "PDL": True}
     found.append(("gelu", activation._gate_kernel, {"x_ptr": BF16, "out_ptr": BF16}, gate))
     route = {"logits_ptr": BF16, "ids_ptr": I32, "weights_ptr": F32}

@@ -40,7 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3": {},
 }
 VOCAB_SIZE = 61
-PROMPT = [random.Random(0).randrange(VOCAB_SIZE) for _ in range(48)]
+PROMPT = random.Random(0).choices(range(VOCAB_SIZE), k=48)
 POSITIONS = (0, 21, 47)
 BLOCK_SIZE = 16
 

@@ -64,6 +64,27 @@ def test_tokens_equal_those_of_the_cpu(model: Path, expected: list[list[int]], o
     assert tokens(run(model, device="cuda", **options)[0]) == expected
 
 
+# What each has that the others have not is switched on, and shorter than the prompts.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 1},
+    "llama": {},
+    "granite": {},
+    "smollm3": {},
+    "phi3": {"hidden_size": 64, "partial_rotary_factor": 0.75, "sliding_window": 33},
+    "mistral": {"sliding_window": 24},
+    "qwen3_moe": {"num_hidden_layers": 3, "mlp_only_layers": [1]},
+    "mixtral": {},
+    "gemma2": {},
+    "gemma3": {},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_tokens_of_the_cpu(family: str, tmp_path: Path) -> None:
+    path = make_model(tmp_path, family, **FAMILIES[family])
+    assert tokens(run(path, device="cuda")[0]) == tokens(run(path, device="cpu")[0])
+
+
 def test_tight_pool_and_cached_prefixes(
     model: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -99,6 +100,26 @@ def test_roofline_in_eight_bits(options, seconds):
 
 def test_roofline_of_the_8b_workload():
     assert limit("8b")[0].seconds == pytest.approx(40.191, abs=5e-4)
+
+
+def test_roofline_of_experts():
+    """A token reads and computes the experts it takes; many tokens read nearly all of them, and compute no more each."""
+    model = roofline.load_config("qwen3-30b-a3b")
+    dense = replace(model, layers=tuple(layer._replace(sparse=False) for layer in model.layers), moe=None)
+    router = 48 * 128 * 2048
+    lm_head = model.vocab_size * 2048
+    one = common.Workload([[1]], [2])
+    expert = 3 * 2048 * 768
+    attention = 48 * (2048 * (4096 + 1024) + 4096 * 2048)
+    alone = roofline.roofline(model, one, weight_bytes=1, bandwidth=1.0, flops=1e30)
+    assert alone.weights == pytest.approx(attention + router + 48 * 8 * expert, rel=1e-9)
+    assert alone.prefill * 1e30 == pytest.approx(2 * (alone.weights + lm_head + 4096 * 48), rel=1e-9)
+    many = roofline.roofline(
+        model, common.Workload([[1]] * 1000, [2] * 1000), weight_bytes=1, bandwidth=1.0, flops=1e30
+    )
+    assert many.weights == pytest.approx(attention + router + 48 * 128 * expert, rel=1e-6)
+    # Eight experts of 768 features are the dense layer's 6,144.
+    assert roofline.roofline(dense, one, weight_bytes=1, bandwidth=1.0).weights == alone.weights - router
 
 
 def test_two_devices_take_half_as_long_unless_they_copy_kv_heads():

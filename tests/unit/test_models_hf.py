@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import scheduler
+from nanovllm.kernels.triton_compat import HAS_TRITON
+from nanovllm.layers.backends import triton_backend
 from nanovllm.outputs import RequestOutput
 from tests.models import make_model
 
@@ -291,6 +293,21 @@ def test_two_ranks(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
         run(reference, llm)
     finally:
         llm.exit()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_windows_and_softcaps_by_the_kernels(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of two kinds in one engine: each has a split of its own. As compiled or interpreted, where few programs are quick."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(triton_backend, "decode_programs", lambda *_: 3)
+    reference = make_reference("gemma2-softcaps-mqa", tmp_path_factory.getbasetemp())
+    some = slice(3, 6)  # shorter than the window, and longer
+    llm = LLM(str(reference.path), attention_backend="triton", kvcache_block_size=16, max_num_seqs=4, max_model_len=128)
+    params = [SamplingParams(temperature=0, max_tokens=4) for _ in reference.params[some]]
+    outputs = llm.generate(reference.prompts[some], params, use_tqdm=False)
+    assert [o["token_ids"] for o in outputs] == [row[:4] for row in reference.expected[some]]
 
 
 def test_two_ranks_with_an_experts_half_each(tmp_path_factory: pytest.TempPathFactory) -> None:
