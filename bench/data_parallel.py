@@ -222,7 +222,7 @@ def main() -> None:
     end_on_sigterm()
     spec = workload_spec(args)
     if args.num_seqs is None:
-        spec = spec._replace(num_seqs=ROWS[args.workload])
+        spec = spec._replace(num_seqs=ROWS.get(args.workload, spec.num_seqs))
     if spec.model not in SHAPES:
         raise SystemExit(f"--model {spec.model!r} is no built-in shape; give one of {', '.join(SHAPES)}")
     result: dict[str, Any] = {

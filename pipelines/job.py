@@ -183,7 +183,9 @@ class RunConfig(_Section):
         "end. auto: 1000, more where that would be over 20,000 shards (at most 32,768), and fewer where rows are so heavy "
         "that a shard would pass 256 MiB uncompressed. JSONL and CSV are cut every 16 rows, and where a MiB of text ends.",
     )
-    shards_in_flight: int = Field(default=8, ge=1, description="Shards an actor works on at a time.")
+    shards_in_flight: int = Field(
+        default=8, ge=1, description="Shards an actor works on at a time; of few, no more than its share."
+    )
     journal_flush_s: float = Field(
         default=5.0, gt=0, description="Seconds between flushes of finished rows to the journal."
     )

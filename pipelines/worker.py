@@ -446,7 +446,8 @@ def gpus_held(engine: EngineConfig) -> tuple[str, float]:
     if engine.device == "cpu" or torch is None or not torch.cuda.is_available():
         return "", 0.0
     share = float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0))
-    return str(torch.cuda.get_device_name()), share or float(engine.tensor_parallel_size)
+    ranks = engine.tensor_parallel_size  # those on other nodes hold GPUs too, which this actor is not assigned
+    return str(torch.cuda.get_device_name()), share if ranks == 1 and share else max(share, float(ranks))
 
 
 def share_cpus(actors: int, ranks: int) -> None:
