@@ -37,7 +37,7 @@ from common import (
 )
 from sampling_options import write_model
 
-ROWS = {"seed": 4096, "8b": 2048, "stream": 4096, "labelling": 32768}  # so many that two GPUs take half a minute
+ROWS = {"seed": 6144, "8b": 2048, "stream": 6144, "labelling": 65536}  # so many that two GPUs take a minute or so
 SCALING, OF_BARE = 1.95, 0.95  # targets
 TEMPERATURE = 0.6
 
@@ -253,43 +253,41 @@ def main() -> None:
                 for run in (jobs[-1], bares[-1]):
                     if (run["rows"], run["output_tokens"]) != (spec.num_seqs, result["output_tokens"]):
                         raise SystemExit(f"{run['rows']} rows of {run['output_tokens']} tokens came back")
-            rows.append(row_of(count, best(jobs), best(bares), rows))
+            job, bare_run = best(jobs), best(bares)
+            rows.append(row_of(count, job, bare_run, rows))
             print(line_of(rows[-1]), flush=True)
             result["runs"] = rows
+            result[f"on_{count}"] = {"job": job, "bare": bare_run}
             if args.save:
                 print(save(args.save, result), flush=True)
 
 
-def row_of(count: int, job: dict[str, Any], bare: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any]:
-    """One number of GPUs: both ways, and their ratios, to each other and to what one GPU did."""
-    one = next((row for row in before if row["gpus"] == 1), None)
-
-    def scaling(way: dict[str, Any], name: str, key: str) -> float | None:
-        first = way if count == 1 else one and one[name]
-        return round(way[key] / first[key], 3) if first else None
-
-    return {
-        "gpus": count,
-        "job": job,
-        "bare": bare,
-        "of_bare": round(job["output_tokens_per_s"] / bare["output_tokens_per_s"], 4),
-        "of_bare_whole": round(job["whole_output_tokens_per_s"] / bare["whole_output_tokens_per_s"], 4),
-        "scaling": scaling(job, "job", "output_tokens_per_s"),
-        "scaling_whole": scaling(job, "job", "whole_output_tokens_per_s"),
-        "scaling_bare": scaling(bare, "bare", "output_tokens_per_s"),
-    }
+def row_of(
+    count: int, job: dict[str, Any], bare: dict[str, Any], before: list[dict[str, Any]]
+) -> dict[str, float | int | None]:
+    """One number of GPUs: output tokens a second of both ways, and their ratios, to each other and to what one GPU did."""
+    row = {"gpus": count}
+    for name, way in (("job", job), ("bare", bare)):
+        row |= {f"{name}_tok_s": way["output_tokens_per_s"], f"{name}_whole_tok_s": way["whole_output_tokens_per_s"]}
+    row |= {f"{name}_s": way["steady_s"] for name, way in (("job", job), ("bare", bare))}
+    row["of_bare"] = round(row["job_tok_s"] / row["bare_tok_s"], 4)
+    row["of_bare_whole"] = round(row["job_whole_tok_s"] / row["bare_whole_tok_s"], 4)
+    one = next((earlier for earlier in [*before, row] if earlier["gpus"] == 1), None)
+    for name in ("job", "job_whole", "bare"):
+        row[f"{name}_scaling"] = round(row[f"{name}_tok_s"] / one[f"{name}_tok_s"], 3) if one else None
+    return row
 
 
 def line_of(row: dict[str, Any]) -> str:
     """What a person wants of it."""
     count = row["gpus"]
-    times = "" if row["scaling"] is None or count == 1 else f", {row['scaling']:.3f}x one"
-    target = f" (target {SCALING}x)" if count == 2 and times else ""
+    scaling = ""
+    if count > 1 and row["job_scaling"] is not None:
+        target = f" (target {SCALING}x)" if count == 2 else ""
+        scaling = f"{row['job_scaling']:.3f}x one{target}; "
     return (
-        f"{count}: job {row['job']['output_tokens_per_s']:,.0f} output tok/s steady ({row['job']['steady_s']} s), "
-        f"{row['job']['whole_output_tokens_per_s']:,.0f} whole ({row['job']['whole_s']} s){times}{target}; "
-        f"bare {row['bare']['output_tokens_per_s']:,.0f} ({row['bare']['steady_s']} s); "
-        f"{row['of_bare']:.1%} of bare (target {OF_BARE:.0%})"
+        f"{count}: job {row['job_tok_s']:,.0f} output tok/s steady in {row['job_s']} s, {row['job_whole_tok_s']:,.0f} whole; "
+        f"{scaling}bare {row['bare_tok_s']:,.0f} in {row['bare_s']} s; {row['of_bare']:.1%} of bare (target {OF_BARE:.0%})"
     )
 
 

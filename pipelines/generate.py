@@ -488,7 +488,7 @@ class Run:
         import ray
         from ray.data import ActorPoolStrategy, DataContext
 
-        from pipelines.source import stream_shards
+        from pipelines.source import in_flight, stream_shards
         from pipelines.worker import ShardResult, ShardWorker, Task
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -519,8 +519,9 @@ class Run:
             if self._placement.spanning
             else None,
         )
-        at_once = 1 if apart else self._config.run.shards_in_flight
         run = self._config.run
+        least, most = self._placement.min_actors, self._placement.max_actors
+        at_once, given = in_flight(len(pending), least, most, 1 if apart else run.shards_in_flight)
         if self._placement.spanning:
             # They ask for the options of an actor more often than there are actors, and each time would be given a group.
             context.issue_detectors_config.detectors = []
@@ -531,10 +532,10 @@ class Run:
                 fn_constructor_args=(task, board),
                 batch_size=1,
                 compute=ActorPoolStrategy(
-                    min_size=self._placement.min_actors,
-                    max_size=self._placement.max_actors,
+                    min_size=least,
+                    max_size=most,
                     max_concurrent_calls_per_actor=at_once,
-                    max_tasks_in_flight_per_actor=at_once + 1,
+                    max_tasks_in_flight_per_actor=given,
                 ),
                 **options,
             )

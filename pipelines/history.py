@@ -103,7 +103,6 @@ class History:
         self._status = "running"
         self._gpu = ""
         self._events: list[Event] = []
-        self._left_out = 0
         self._unwritten: list[Event] = []
         self._actors: dict[str, _Actor] = {}
         self._lives: dict[tuple[str, int, str | None], tuple[_Actor, _Life]] = {}
@@ -123,7 +122,6 @@ class History:
             self._unwritten.append(event)
             if len(self._events) > MAX_EVENTS:
                 del self._events[MAX_EVENTS // 2]
-                self._left_out += 1
             del self._unwritten[:-MAX_EVENTS]
 
     def actor_of(self, node: str, pid: int, birth: str | None) -> str:
@@ -262,11 +260,6 @@ class History:
     def _this(self, events: list[Event]) -> Start:
         usage = _sum([actor.usage() for actor in self._actors.values()])
         return Start(self._name, self._began, round(self._seconds(), 2), self._status, self._gpu, usage, events)
-
-    @property
-    def left_out(self) -> int:
-        """Events that were too many to keep."""
-        return self._left_out
 
     def actors(self) -> list[dict[str, Any]]:
         """The actors of this start, busiest first; the first `CURVES` with points: [seconds, tokens generated, part of the KV

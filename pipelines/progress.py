@@ -92,7 +92,7 @@ class ProgressBoard:
 
     def last_words(self, node: str, pid: int, birth: str | None, text: str) -> None:
         """Note why the engine of a process has died; the process is about to end."""
-        self._words.append(Word(time.monotonic(), node, pid, birth, text))
+        self._words.append(Word(time.monotonic(), node, pid, birth, text[:1000]))
 
     def words(self, known: int) -> list[tuple[float, Word]]:
         """Words after the first `known` ones, with their age in seconds. A board that began anew knows fewer, and tells them all."""

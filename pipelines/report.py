@@ -9,12 +9,14 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from nanovllm import UserError
 from nanovllm.utils.roofline import ELEMENT_BYTES, Costs, Work, find_device, least_seconds
 from pipelines.counts import Counts
 from pipelines.history import Start, Usage, total_usage
+from pipelines.models import look
 
 PACKAGES = ("nanovllm", "ray", "torch", "transformers", "pyarrow", "pydantic")
 
@@ -138,7 +140,8 @@ def roofline(usage: Usage, counts: Counts, gpu: str, config: Mapping[str, Any]) 
         return {"known": False, "reason": f"bandwidth and arithmetic of {gpu!r} are not known"}
     engine = config["engine"]
     try:
-        costs = _costs(config["model"], engine, device.bandwidth, device.flops)
+        directory = look(config["model"], config.get("run", {}).get("model_cache"), weights=False)
+        costs = _costs(directory, engine, device.bandwidth, device.flops)
     except (UserError, OSError, KeyError) as error:
         return {"known": False, "reason": f"the model's shape cannot be read: {error}"}
     cached = min(1.0, usage.cached_tokens / max(1, usage.input_tokens))
@@ -172,12 +175,11 @@ def roofline(usage: Usage, counts: Counts, gpu: str, config: Mapping[str, Any]) 
     }
 
 
-def _costs(model: str, engine: Mapping[str, Any], bandwidth: float, flops: float) -> Costs:
+def _costs(directory: Path, engine: Mapping[str, Any], bandwidth: float, flops: float) -> Costs:
     from nanovllm.models.config import ModelConfig
     from nanovllm.models.registry import ARCHITECTURES
-    from nanovllm.utils.hub import resolve_model
 
-    shape = ModelConfig.from_dir(resolve_model(model), ARCHITECTURES)
+    shape = ModelConfig.from_dir(directory, ARCHITECTURES)
     element = ELEMENT_BYTES[shape.dtype if engine["dtype"] == "auto" else engine["dtype"]]
     return Costs.of(
         shape,

@@ -49,3 +49,15 @@ def stream_shards(shards: Sequence[Shard]) -> Dataset:
     """
     DataContext.get_current().target_max_block_size = 1  # bytes; less than any row, so that every row is a block
     return read_datasource(ShardSource(shards), num_cpus=0, override_num_blocks=1)
+
+
+def in_flight(shards: int, min_actors: int, max_actors: int, most: int) -> tuple[int, int]:
+    """How many shards an actor works on at a time, and how many it may be given, where `shards` are left.
+
+    What an actor is given nobody takes from it again. Where there are few shards each is given no more than its share, or the
+    engine that is ready first would have them all before the others are. Otherwise one waits at each actor, which is also what
+    lets a pool grow.
+    """
+    share = max(1, -(-shards // max(1, min_actors)))
+    at_once = min(most, share)
+    return at_once, share if share <= most and min_actors == max_actors else at_once + 1

@@ -13,11 +13,14 @@ import xxhash
 
 from nanovllm.engine.sequence import Sequence
 
+# Part of the pool that free blocks may take which were found again, and are handed out after those that never were (bench/NOTES.md).
+FOUND_PART = 0.25
+
 
 class Block:
-    """One KV block. `node` is 0 while the block is not in the prefix cache."""
+    """One KV block. `node` is 0 while the block is not in the prefix cache; `found`: it is, and another sequence took it from there."""
 
-    __slots__ = ("block_id", "hash", "node", "parent", "ref_count", "token_ids")
+    __slots__ = ("block_id", "found", "hash", "node", "parent", "ref_count", "token_ids")
 
     def __init__(self, block_id: int) -> None:
         self.block_id = block_id
@@ -25,14 +28,16 @@ class Block:
         self.hash = 0
         self.node = 0
         self.parent = 0
+        self.found = False
         self.token_ids: list[int] = []
 
 
 class BlockManager:
     """Hands out `num_blocks` blocks of `block_size` tokens; every operation is O(1) a block.
 
-    Free blocks stay usable as prefix cache until they are handed out again: blocks that cache nothing first, then the
-    least recently used.
+    Free blocks stay usable as prefix cache until they are handed out again: blocks that cache nothing first, then those that nobody has
+    found there, then those that were found, each the least recently used first; of one sequence's the last. So instructions and documents
+    of many rows outlive what only one of them has. Where found ones take more than a part of the pool, the oldest count as not found.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
@@ -40,13 +45,15 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.blocks = [Block(i) for i in range(num_blocks)]
         self.free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.found_block_ids: OrderedDict[int, None] = OrderedDict()
+        self.most_found = int(num_blocks * FOUND_PART)
         self.cached: dict[int, Block] = {}
         self.last_node = 0
 
     @property
     def num_free_blocks(self) -> int:
         """Blocks no sequence holds."""
-        return len(self.free_block_ids)
+        return len(self.free_block_ids) + len(self.found_block_ids)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -82,7 +89,8 @@ class BlockManager:
         for block_id in matched:
             block = self.blocks[block_id]
             if block.ref_count == 0:
-                del self.free_block_ids[block_id]
+                del (self.found_block_ids if block_id in self.found_block_ids else self.free_block_ids)[block_id]
+            block.found = True
             block.ref_count += 1
         seq.block_table = list(matched)
         seq.num_registered_blocks = len(matched)
@@ -94,12 +102,12 @@ class BlockManager:
 
     def can_extend(self, seq: Sequence, num_tokens: int) -> bool:
         """Whether there are blocks for the first `num_tokens` tokens of `seq`."""
-        return self.blocks_for(num_tokens) - len(seq.block_table) <= len(self.free_block_ids)
+        return self.blocks_for(num_tokens) - len(seq.block_table) <= self.num_free_blocks
 
     def extend(self, seq: Sequence, num_tokens: int) -> None:
         """Lengthen the block table to hold `num_tokens` tokens."""
         while len(seq.block_table) * self.block_size < num_tokens:
-            block_id, _ = self.free_block_ids.popitem(last=False)
+            block_id, _ = (self.free_block_ids or self.found_block_ids).popitem(last=False)
             block = self.blocks[block_id]
             self._forget(block)
             block.ref_count = 1
@@ -134,7 +142,13 @@ class BlockManager:
         for block_id in reversed(seq.block_table):
             block = self.blocks[block_id]
             block.ref_count -= 1
-            if block.ref_count == 0:
+            if block.ref_count == 0 and block.found:
+                self.found_block_ids[block_id] = None
+                if len(self.found_block_ids) > self.most_found:
+                    oldest, _ = self.found_block_ids.popitem(last=False)
+                    self.blocks[oldest].found = False
+                    self.free_block_ids[oldest] = None
+            elif block.ref_count == 0:
                 self.free_block_ids[block_id] = None
                 if block.node == 0:
                     self.free_block_ids.move_to_end(block_id, last=False)
@@ -162,4 +176,5 @@ class BlockManager:
         if block.node:
             del self.cached[block.hash]
             block.node = block.parent = block.hash = 0
+            block.found = False
             block.token_ids = []

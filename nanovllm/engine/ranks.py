@@ -336,20 +336,20 @@ class RankListener:
         self.address = address
         self._socket = listen(address)
         self.port: int = self._socket.getsockname()[1]
+        self._arrived: queue.SimpleQueue[tuple[int, Connection]] = queue.SimpleQueue()
+        self._over = threading.Event()
+        # At once: a rank that is early may have to wait long for the others, but not for an answer.
+        self._thread = threading.Thread(target=self._listen, name="rank-listener", daemon=True)
+        self._thread.start()
 
     def accept(self, ranks: Collection[int], check: Callable[[], None]) -> dict[int, Connection]:
         """Wait until all `ranks` are connected. `check` is called every now and then and may raise to end that."""
         found: dict[int, Connection] = {}
-        arrived: queue.SimpleQueue[tuple[int, Connection]] = queue.SimpleQueue()
-        self._socket.settimeout(LOOK_S)
         try:
             while len(found) < len(ranks):
                 check()
-                with suppress(TimeoutError):
-                    caller, _ = self._socket.accept()
-                    threading.Thread(target=self._greet, args=(caller, arrived), daemon=True).start()
                 with suppress(queue.Empty):
-                    rank, connection = arrived.get_nowait()
+                    rank, connection = self._arrived.get(timeout=LOOK_S)
                     if rank in ranks and rank not in found:
                         found[rank] = connection
                     else:
@@ -362,9 +362,23 @@ class RankListener:
 
     def close(self) -> None:
         """Listen no more. Connections stay."""
+        self._over.set()
+        self._thread.join()
         self._socket.close()
 
-    def _greet(self, caller: socket.socket, arrived: queue.SimpleQueue[tuple[int, Connection]]) -> None:
+    def _listen(self) -> None:
+        self._socket.settimeout(LOOK_S)
+        while not self._over.is_set():
+            try:
+                caller, _ = self._socket.accept()
+            except TimeoutError:
+                continue
+            except OSError:  # too many open files; who came is gone again
+                self._over.wait(LOOK_S)
+                continue
+            threading.Thread(target=self._greet, args=(caller,), daemon=True).start()
+
+    def _greet(self, caller: socket.socket) -> None:
         """Thread: let a caller in that knows the secret. A stranger may say nothing, or anything."""
         _tune(caller)
         _set_patience(caller, GREETING_S)
@@ -377,7 +391,7 @@ class RankListener:
         except Exception:
             connection.close()
         else:
-            arrived.put((rank, connection))
+            self._arrived.put((rank, connection))
         finally:
             caller.close()
 

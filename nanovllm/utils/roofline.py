@@ -7,6 +7,7 @@ communication between ranks count as free. No torch.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,6 +44,8 @@ _DEVICES = (
 
 def find_device(name: str) -> Device | None:
     """The ceilings of a GPU by the name its driver gives it (`NVIDIA A100-SXM4-80GB`); None where they are not known."""
+    if "MIG" in name.split():
+        return None  # a part of it
     return next((device for pattern, device in _DEVICES if re.search(pattern, name)), None)
 
 
@@ -51,28 +54,29 @@ class Costs:
     """Least seconds of the parts of a step, on a group of equal devices that share one copy of the model.
 
     Attributes:
-        parameters: weights that a token uses, the output head left out; of a mixture of experts those it takes.
+        parameters: weights that every token uses; the output head and experts left out.
+        expert_parameters: those of all experts, of which a token uses `expert_part`.
         lm_head: weights of the output head.
-        kv_token: bytes that one token holds in the KV cache, over all layers.
-        attention: query width times layers; a pair of positions costs 4 of it in FLOP.
+        kv_layer: bytes that one token holds in the KV cache of a layer.
+        windows: for each attention window (0: none) how many layers have it.
+        q_size: query width; a pair of positions costs 4 of it in FLOP in each layer.
         vocab_size: logits of a sequence.
         weight_bytes: of one weight.
         bandwidth, kv_bandwidth, flops: of the whole group; the KV cache's is less where ranks hold copies of KV heads.
-        expert: weights of one expert, over all layers that have any; experts, top_k: how many a layer has, and a token takes.
     """
 
     parameters: int
+    expert_parameters: int
+    expert_part: float
     lm_head: int
-    kv_token: float
-    attention: int
+    kv_layer: float
+    windows: tuple[tuple[int, int], ...]
+    q_size: int
     vocab_size: int
     weight_bytes: float
     bandwidth: float
     kv_bandwidth: float
     flops: float
-    expert: int = 0
-    experts: int = 1
-    top_k: int = 1
 
     @classmethod
     def of(
@@ -87,55 +91,66 @@ class Costs:
     ) -> Costs:
         """Costs of a model on `tp` devices of `bandwidth` and `flops` each.
 
-        `weight_bytes` and `kv_bytes` are those of one element (default: the model's type).
+        `weight_bytes` and `kv_bytes` are those of one element (default: the model's type, which quantised checkpoints have too
+        once they are loaded).
         """
-        weight_bytes = weight_bytes or ELEMENT_BYTES[model.dtype]
-        kv_bytes = kv_bytes or ELEMENT_BYTES[model.dtype]
+        element = ELEMENT_BYTES[model.dtype]
         q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         attention_weights = model.hidden_size * (q_size + 2 * kv_size) + q_size * model.hidden_size
         sparse = sum(layer.sparse for layer in model.layers)
-        parameters = model.num_layers * attention_weights
-        parameters += (model.num_layers - sparse) * 3 * model.hidden_size * model.intermediate_size
-        expert, experts, top_k = 0, 1, 1
+        dense = (model.num_layers - sparse) * 3 * model.hidden_size * model.intermediate_size
+        experts = taken = expert_size = 0
         if model.moe is not None:
-            experts, top_k = model.moe.num_experts, model.moe.experts_per_token
-            expert = sparse * 3 * model.hidden_size * model.moe.intermediate_size
-            parameters += sparse * experts * model.hidden_size + top_k * expert
+            experts, taken, expert_size = model.moe[:3]
+        router = sparse * model.hidden_size * experts
         return cls(
-            parameters=parameters,
+            parameters=model.num_layers * attention_weights + dense + router,
+            expert_parameters=sparse * experts * 3 * model.hidden_size * expert_size,
+            expert_part=taken / max(1, experts),
             lm_head=model.vocab_size * model.hidden_size,
-            kv_token=2 * model.num_layers * kv_size * kv_bytes,
-            attention=q_size * model.num_layers,
+            kv_layer=2 * kv_size * (kv_bytes or element),
+            windows=tuple(Counter(layer.window for layer in model.layers).items()),
+            q_size=q_size,
             vocab_size=model.vocab_size,
-            weight_bytes=weight_bytes,
+            weight_bytes=weight_bytes or element,
             bandwidth=bandwidth * tp,
             kv_bandwidth=bandwidth * min(tp, model.num_kv_heads),
             flops=flops * tp,
-            expert=expert,
-            experts=experts,
-            top_k=top_k,
         )
+
+    @property
+    def _used(self) -> float:
+        return self.parameters + self.expert_parameters * self.expert_part
 
     def prefill(self, tokens: float, pairs: float, rows: float) -> float:
         """Prompts: the linear layers over `tokens`, causal attention over half of `pairs`, one row of logits each."""
-        return (2 * self.parameters * tokens + 2 * self.attention * pairs + 2 * self.lm_head * rows) / self.flops
+        attended = self._in_windows(pairs, 2 * tokens)
+        return (2 * self._used * tokens + 2 * self.q_size * attended + 2 * self.lm_head * rows) / self.flops
 
     def weights(self, batch: float) -> float:
-        """The linear layers of a decode step of `batch` sequences; of the experts those are read that tokens which choose at random hit."""
-        missed: float = (1 - self.top_k / self.experts) ** batch
-        hit = self.experts * (1 - missed)
-        read = self.parameters + (hit - self.top_k) * self.expert
-        return max(read * self.weight_bytes / self.bandwidth, 2 * self.parameters * batch / self.flops)
+        """The linear layers of a decode step of `batch` sequences, which take experts evenly."""
+        missed: float = (1 - self.expert_part) ** batch
+        touched = self.parameters + self.expert_parameters * (1 - missed)
+        return max(touched * self.weight_bytes / self.bandwidth, 2 * self._used * batch / self.flops)
 
     def kv(self, batch: float, context: float, read: float | None = None) -> float:
-        """Attention of decode steps: `context` tokens are read (`read` where reads are shared), one a sequence is written."""
-        moved = ((context if read is None else read) + batch) * self.kv_token
-        return max(moved / self.kv_bandwidth, 4 * self.attention * context / self.flops)
+        """Attention of decode steps: `context` tokens are read (`read` where reads are shared), one a sequence is written.
+
+        With windows the sequences count as equally long.
+        """
+        reads = self._in_windows(context if read is None else read, batch)
+        written = batch * sum(layers for _, layers in self.windows)
+        flop = 4 * self.q_size * self._in_windows(context, batch)
+        return max((reads + written) * self.kv_layer / self.kv_bandwidth, flop / self.flops)
 
     def logits(self, batch: float) -> float:
         """The output head of a decode step; logits are written once, in two bytes each."""
         moved = self.lm_head * self.weight_bytes + 2 * batch * self.vocab_size
         return max(moved / self.bandwidth, 2 * self.lm_head * batch / self.flops)
+
+    def _in_windows(self, context: float, queries: float) -> float:
+        """Tokens of `context` in the windows of `queries`, added up over the layers."""
+        return sum(layers * (min(context, window * queries) if window else context) for window, layers in self.windows)
 
 
 class Work(NamedTuple):

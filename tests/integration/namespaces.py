@@ -98,6 +98,7 @@ def main(arguments: list[str], scratch: Path) -> None:
         "RAY_AUTH_TOKEN_PATH": str(scratch / "token"),
     }
     environment["HOME"] = str(scratch)
+    del environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # here nodes do listen on what others can reach
     (scratch / "token").write_text("0123456789abcdef" * 4)
     for node in NODES:
         start_ray(node, environment, scratch)

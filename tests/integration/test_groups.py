@@ -95,20 +95,31 @@ def listening_on(processes: list[psutil.Process]) -> set[str]:
     return {s.laddr.ip.removeprefix("::ffff:") for s in sockets}
 
 
-# Where an engine that fits into one node goes, as the job tells Ray Data.
-LABELLED = """
-import json, sys, ray
+# Where Ray Data puts actors with the options that a job gives it: one that fits into one node, then two nodes' worth of one that fails to
+# start at first, with room for no second group.
+PLACED = """
+import json, os, sys, ray
 from cluster.groups import actor_options
 from cluster.placement import Placement
 ray.init(logging_level="ERROR", log_to_driver=False)
+ray.data.DataContext.get_current().issue_detectors_config.detectors = []
+ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = 3
 class Where:
+    def __init__(self, mark):
+        if mark and not os.path.exists(mark):
+            open(mark, "w").close()
+            raise RuntimeError("not yet")
     def __call__(self, batch):
         here = ray.get_runtime_context().get_node_id()
         return {"pool": [node["Labels"].get("pool", "") for node in ray.nodes() if node["NodeID"] == here]}
-first, *others = json.loads(sys.argv[1])
-with actor_options(Placement(1, 1, 0), 0, first, others) as options:
-    dataset = ray.data.from_items([1]).map_batches(Where, compute=ray.data.ActorPoolStrategy(size=1), **options)
-    print(json.dumps(dataset.take_all()[0]["pool"]))
+def place(mark, *arguments):
+    with actor_options(*arguments) as options:
+        dataset = ray.data.from_items([1], override_num_blocks=1)
+        pool = ray.data.ActorPoolStrategy(size=1)
+        return dataset.map_batches(Where, fn_constructor_args=(mark,), compute=pool, **options).take_all()[0]["pool"]
+found = [place("", Placement(1, 1, 0), 0, {"pool": "large"}, [{"pool": "in(small,other)"}])]
+found.append(place(sys.argv[1], Placement(1, 1, 0, True, 2), 0, {"pool": "spare"}, []))
+print(json.dumps(found))
 """
 
 
@@ -140,9 +151,10 @@ def test_a_group_over_two_nodes_loses_one(
     assert groups_ever(nodes) == [("REMOVED", 2)]  # one engine, one group, in which it came back
 
     environment = {**nodes.environment(), "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", LABELLED, json.dumps([{"pool": "large"}, {"pool": "in(small,other)"}])]
+    command = [sys.executable, "-c", PLACED, str(tmp_path / "mark")]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=200, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == "other"
+    assert json.loads(done.stdout.splitlines()[-1]) == ["other", "spare"]
+    assert groups_ever(nodes) == [("REMOVED", 2)] * 3  # of the actor that failed, and of the one in its place
 
 
 @pytest.mark.long  # test_a_group_over_two_nodes_loses_one stands for it

@@ -19,6 +19,7 @@ BENCH = ROOT / "bench"
 sys.path.append(str(BENCH))  # the scripts import each other by their bare names
 
 common = importlib.import_module("common")
+data_parallel = importlib.import_module("data_parallel")
 peers = importlib.import_module("peers")
 roofline = importlib.import_module("roofline")
 run_all = importlib.import_module("run_all")
@@ -241,7 +242,58 @@ def test_plan_names_scripts_that_exist_and_each_result_once(gpu):
     assert all(("qwen3-42m" in step.arguments) != gpu for step in steps if step.script in ("throughput.py", "peers.py"))
 
 
+# Data parallel
+
+
+def test_ratios_to_one_gpu_and_to_bare_engines():
+    def run(steady_s, whole_s):
+        return data_parallel.best(
+            [
+                {"steady_s": steady_s + slower, "whole_s": whole_s, "output_tokens": 1_000_000, "rows": 10}
+                for slower in (1, 0)
+            ]
+        )
+
+    one = data_parallel.row_of(1, run(100, 120), run(96, 110), [])
+    two = data_parallel.row_of(2, run(51, 70), run(48, 62), [one])
+    assert (one["job_scaling"], one["of_bare"]) == (1.0, 0.96)
+    assert (two["job_scaling"], two["bare_scaling"], two["job_whole_scaling"]) == (1.961, 2.0, 1.714)
+    assert two["of_bare"] == pytest.approx(48 / 51, abs=1e-3)
+    assert "1.961x one (target 1.95x)" in data_parallel.line_of(two)
+    assert data_parallel.row_of(2, run(51, 70), run(48, 62), [])["job_scaling"] is None
+
+
+def test_each_bare_engine_sees_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [data_parallel.visible(1, number)["CUDA_VISIBLE_DEVICES"] for number in range(2)] == ["0", "1"]
+    assert data_parallel.visible(2)["CUDA_VISIBLE_DEVICES"] == "0,1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert [data_parallel.visible(1, number)["CUDA_VISIBLE_DEVICES"] for number in range(2)] == ["4", "7"]
+
+
 # Scripts
+
+
+@pytest.mark.long  # the pipeline around an engine: every test of a job
+def test_data_parallel_runs_on_cpus():
+    name = f"test_data_parallel_{os.getpid()}"
+    saved = common.RESULTS / f"{name}.json"
+    size = ["--model", "qwen3-42m", "--num-seqs", "32", "--input-len", "4", "8", "--output-len", "4", "8"]
+    more = ["--device", "cpu", "--gpus", "1", "2", "--set", "run.shard_rows=8", "--set", "engine.num_kvcache_blocks=64"]
+    try:
+        done = script("bench/data_parallel.py", *size, *more, "--save", name)
+        assert done.returncode == 0, done.stderr
+        result = json.loads(saved.read_text())
+    finally:
+        saved.unlink(missing_ok=True)
+    assert [row["gpus"] for row in result["runs"]] == [1, 2]
+    for count in (1, 2):
+        for way in ("job", "bare"):
+            run = result[f"on_{count}"][way]
+            assert (run["rows"], run["output_tokens"]) == (32, result["output_tokens"])
+            assert sum(run["engine_tokens"]) == result["output_tokens"]
+            assert len(run["engine_tokens"]) == count
+            assert all(run["engine_tokens"])  # the engine that is ready first leaves the other its share
 
 
 def test_throughput_runs(tmp_path):

@@ -83,6 +83,34 @@ def test_least_recently_used_prefix_is_evicted_first() -> None:
     manager.free(held)
 
 
+def test_what_was_found_again_outlives_what_never_was() -> None:
+    manager = BlockManager(8, 4)
+    manager.free(admit(manager, [*A, 1]))
+    manager.free(admit(manager, [*A, 2]))  # found
+    for start in range(100, 160, 4):  # of one row each
+        manager.free(admit(manager, list(range(start, start + 4))))
+    assert cached_tokens(manager, A) == 4
+    assert cached_tokens(manager, list(range(156, 160))) == 4
+    held = admit(manager, list(range(200, 232)))
+    assert cached_tokens(manager, A) == 0, "it goes where there is nothing else"
+    manager.free(held)
+
+
+def test_what_was_found_takes_a_part_of_the_pool_at_most() -> None:
+    manager = BlockManager(8, 4)
+    prompts = [list(range(start, start + 4)) for start in range(100, 124, 4)]
+    for prompt in prompts:
+        for own in range(2):
+            manager.free(admit(manager, [*prompt, own]))
+    assert [cached_tokens(manager, prompt) for prompt in prompts] == [4] * 6
+    held = admit(
+        manager, list(range(200, 216))
+    )  # the two oldest found ones count no more, and go with what caches nothing
+    assert [cached_tokens(manager, prompt) for prompt in prompts] == [0, 0, 4, 4, 4, 4]
+    manager.free(held)
+    assert manager.num_free_blocks == 8
+
+
 def test_a_prefix_outlives_what_follows_it() -> None:
     manager = BlockManager(3, 4)
     manager.free(admit(manager, [*A, *B, *C]))
@@ -185,6 +213,7 @@ def test_work_does_not_grow_with_the_pool() -> None:
                     yield block
 
         manager.free_block_ids = Counting(manager.free_block_ids)
+        manager.found_block_ids = Counting(manager.found_block_ids)
         manager.blocks = CountingBlocks(manager.blocks)
         count = 0
         manager.free(admit(manager, [num_blocks // 2, 0, 0, 0, 5, 5, 5, 5]))

@@ -300,7 +300,9 @@ class Simulation:
         assert not any(seq.block_table for seq in self.scheduler.waiting)
         for block in self.blocks.blocks:
             assert block.ref_count == holders[block.block_id]
-            assert (block.block_id in self.blocks.free_block_ids) == (block.ref_count == 0)
+            free = [block.block_id in ids for ids in (self.blocks.free_block_ids, self.blocks.found_block_ids)]
+            assert sum(free) == (block.ref_count == 0)
+            assert block.found or not free[1]
         cached = [block for block in self.blocks.blocks if block.node]
         assert {id(b) for b in cached} == {id(b) for b in self.blocks.cached.values()}
         assert all(self.blocks.cached[block.hash] is block for block in cached)

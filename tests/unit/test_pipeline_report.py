@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.registry import ARCHITECTURES
@@ -205,6 +207,37 @@ def test_the_sums_cost_what_the_steps_cost(tmp_path: Path) -> None:
     assert parts.seconds == pytest.approx(sum(parts))
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama", "phi3", "qwen3_moe", "mixtral", "gemma2"])
+def test_costs_count_every_weight(family: str, tmp_path: Path) -> None:
+    path = make_model(tmp_path / family, family)
+    costs = Costs.of(ModelConfig.from_dir(path, ARCHITECTURES))
+    sizes = {name: tensor.numel() for name, tensor in load_file(path / "model.safetensors").items() if tensor.dim() > 1}
+    counted = {name: size for name, size in sizes.items() if "embed_tokens" not in name and "lm_head" not in name}
+    assert costs.parameters + costs.expert_parameters == sum(counted.values())
+    experts = sum(size for name, size in counted.items() if ".experts." in name)
+    assert costs.expert_parameters == experts
+    assert (experts > 0) is (family in ("qwen3_moe", "mixtral"))
+    assert costs.lm_head == sizes.get("lm_head.weight", sizes["model.embed_tokens.weight"])
+
+
+def test_experts_and_windows_cost_less(tmp_path: Path) -> None:
+    sparse = Costs.of(ModelConfig.from_dir(make_model(tmp_path / "sparse", "qwen3_moe"), ARCHITECTURES))
+    all_experts = (sparse.parameters + sparse.expert_parameters) * sparse.weight_bytes / sparse.bandwidth
+    few = sparse.parameters + sparse.expert_parameters * sparse.expert_part
+    assert sparse.weights(1) == pytest.approx(few * sparse.weight_bytes / sparse.bandwidth)
+    assert sparse.weights(1) < sparse.weights(4) < all_experts
+    assert sparse.weights(300) == pytest.approx(all_experts)
+    plain = Costs.of(ModelConfig.from_dir(make_model(tmp_path / "plain", "gemma2"), ARCHITECTURES))
+    window = max(window for window, _ in plain.windows)
+    assert window > 0
+    full = replace(plain, windows=((0, sum(layers for _, layers in plain.windows)),))
+    short, long = window // 2, 100 * window
+    assert plain.kv(8, 8 * short) == full.kv(8, 8 * short)
+    half = (full.kv(8, 8 * long) + full.kv(8, 8 * window)) / 2  # one layer in two has the window
+    assert plain.kv(8, 8 * long) == pytest.approx(half)
+    assert plain.prefill(long, long**2, 1) < full.prefill(long, long**2, 1)
+
+
 @pytest.mark.parametrize(
     ("name", "known"),
     [
@@ -217,6 +250,7 @@ def test_the_sums_cost_what_the_steps_cost(tmp_path: Path) -> None:
         ("NVIDIA L40S", "L40S"),
         ("NVIDIA A10G", "A10G"),
         ("NVIDIA L40", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),
         ("", None),
     ],
 )

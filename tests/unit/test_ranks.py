@@ -244,6 +244,20 @@ def test_strangers_get_nowhere_and_hold_nobody_up(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+def test_an_early_rank_need_not_wait_to_be_known() -> None:
+    """The others may come much later than its patience lasts: when Ray has found a node for them, or a model was fetched."""
+    with contextlib.closing(RankListener(HOST)) as listener:
+        early = connect(HOST, listener.port, listener.secret, 2)
+        late = connect(HOST, listener.port, listener.secret, 1)
+        found = listener.accept([1, 2], lambda: None)
+        found[2].send("you are 2")
+        assert early.recv() == "you are 2"
+        for connection in (early, late, *found.values()):
+            connection.close()
+    with socket.socket() as probe:
+        assert probe.connect_ex((HOST, listener.port)) != 0
+
+
 def test_a_rank_without_the_secret_is_an_error_not_a_wait(model_dir: Path) -> None:
     with pytest.raises(
         EngineDeadError, match=r"rank 1 \(pid \d+ elsewhere\) exited with status 1 before it was connected"
