@@ -119,10 +119,6 @@ CASES = {
     "mistral-window-v5": Case(
         "mistral", {"sliding_window": 24, "head_dim": 16, "num_key_value_heads": 1, "form": "5.x"}
     ),
-    # Layers with a window and without: as the older files say it, and the newer.
-    "qwen2-upper-windows": Case(
-        "qwen2", {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 1, "vocab_size": 259}
-    ),
     "qwen3-layer-types": Case(
         "qwen3",
         {
@@ -139,20 +135,10 @@ CASES = {
     ),
     "mixtral-window-v5": Case("mixtral", {"sliding_window": 30, "num_key_value_heads": 1, "form": "5.x"}),
     "gemma2-softcaps-mqa": Case("gemma2", {"num_key_value_heads": 1, "vocab_size": 263}),
-    "gemma2-no-softcaps-tied": Case(
-        "gemma2",
-        {
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-            "tie_word_embeddings": True,
-            "num_hidden_layers": 3,
-        },
-    ),
     "gemma3-linear-mqa": Case(
         "gemma3", {"num_key_value_heads": 1, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "vocab_size": 259}
     ),
     "gemma3-v5": Case("gemma3", {"form": "5.x", "final_logit_softcapping": 20.0}),
-    "phi3-window": Case("phi3", {"sliding_window": 33, "tie_word_embeddings": True}),
     "phi3-longrope-partial": Case(
         "phi3",
         {
