@@ -88,6 +88,27 @@ SHAPES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "tie_word_embeddings": False,
     },
+    "llama-70b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 128256,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
 }
 
 
@@ -227,10 +248,12 @@ def provenance() -> dict[str, Any]:
 
 
 def save(name: str, result: dict[str, Any]) -> Path:
-    """Write a result with its provenance to `bench/results/NAME.json`."""
-    RESULTS.mkdir(exist_ok=True)
+    """Write a result with its provenance to `bench/results/NAME.json`, or to `NAME.json` where that is an absolute path."""
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**result, **provenance()}, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".new")  # a run that is ended here leaves what it had saved before
+    scratch.write_text(json.dumps({**result, **provenance()}, indent=1) + "\n")
+    scratch.replace(path)
     return path
 
 

@@ -7,6 +7,8 @@ same rows. Weights are random; prompts are token ids. Targets: two GPUs 1.95 tim
     whole    from the start of the process to its end
     steady   from the first engine that is ready to the end of the last row, without Ray's start and the loading of engines
 
+`--tensor-parallel T` gives each engine T of the GPUs, `--rows-per-gpu` grows the job with the GPUs, `--no-bare` runs the job alone.
+
 On CPUs: `--device cpu --model qwen3-42m --num-seqs 32 --input-len 8 32 --output-len 8 16 --gpus 1 2`; each engine then has its share
 of the cores.
 """
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +45,15 @@ SCALING, OF_BARE = 1.95, 0.95  # targets
 TEMPERATURE = 0.6
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of the command line, or of `argv`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload_arguments(parser)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2], help="numbers of GPUs, or of engines on CPUs")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2], help="numbers of GPUs, or of ranks on CPUs")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="T", help="GPUs of an engine")
+    parser.add_argument("--rows-per-gpu", type=int, metavar="N", help="in the place of --num-seqs: N times the GPUs")
+    parser.add_argument("--no-bare", action="store_true", help="the job alone, without the bare engines beside it")
+    parser.add_argument("--no-warm-up", action="store_true", help="this machine has compiled for the model before")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the job (engine.*: of both)"
@@ -54,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=1800, help="seconds of one run")
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json, after each number of GPUs")
     parser.add_argument("--bare", nargs=2, type=Path, metavar=("JOB", "RESULT"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def write_rows(work: Workload, path: Path) -> None:
@@ -78,6 +86,7 @@ def engine_settings(spec: WorkloadSpec, args: argparse.Namespace) -> dict[str, A
         "load_format": "dummy" if spec.model in SHAPES else "auto",
         "max_num_seqs": spec.max_num_seqs,
         "device": args.device,
+        "tensor_parallel_size": args.tensor_parallel,
     }
     return settings | {name.removeprefix("engine."): yaml.safe_load(value) for name, _, value in given}
 
@@ -91,11 +100,12 @@ def visible(count: int, first: int = 0) -> dict[str, str]:
 
 def run_job(directory: Path, model: str, spec: WorkloadSpec, count: int, args: argparse.Namespace) -> dict[str, Any]:
     """The job over `count` GPUs; its seconds by its own report."""
+    engines = count // args.tensor_parallel
     output = directory / f"out-{count}-{time.monotonic_ns()}"
     command = [sys.executable, str(ROOT / "pipelines" / "generate.py")]
-    command += ["--model", model, "--input", str(directory / "in"), "--output", str(output)]
+    command += ["--model", model, "--input", str(directory / f"in-{spec.num_seqs}"), "--output", str(output)]
     command += ["sampling.ignore_eos=true", f"sampling.temperature={TEMPERATURE}"]
-    command += ["sampling_columns.max_tokens=max_tokens", f"run.replicas={count}"]
+    command += ["sampling_columns.max_tokens=max_tokens", f"run.replicas={engines}"]
     command += [f"engine.{name}={json.dumps(value)}" for name, value in engine_settings(spec, args).items()]
     command += [pair for pair in args.set if not pair.startswith("engine.")]
     offline = {"RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
@@ -109,8 +119,8 @@ def run_job(directory: Path, model: str, spec: WorkloadSpec, count: int, args: a
         )
     report = json.loads((output / "_run" / "report.json").read_text())
     lives = [life for actor in report["this_start"]["actors"] for life in actor["lives"]]
-    if report["error_rows"] or len(lives) != count:
-        raise SystemExit(f"{report['error_rows']} rows failed, and {len(lives)} engines ran in the place of {count}")
+    if report["error_rows"] or len(lives) != engines:
+        raise SystemExit(f"{report['error_rows']} rows failed, and {len(lives)} engines ran in the place of {engines}")
     steady = max(life["heard"] for life in lives) - min(life["ready"] for life in lives)
     return {
         "whole_s": round(whole, 3),
@@ -124,13 +134,15 @@ def run_job(directory: Path, model: str, spec: WorkloadSpec, count: int, args: a
 
 
 def run_bare(directory: Path, model: str, spec: WorkloadSpec, count: int, args: argparse.Namespace) -> dict[str, Any]:
-    """As many bare engines at once, each on its GPU with every `count`-th row."""
+    """As many bare engines at once, each on its GPUs with every n-th row."""
+    size = args.tensor_parallel
+    engines = count // size
     runs = directory / f"bare-{count}-{time.monotonic_ns()}"
     runs.mkdir()
     processes = []
     began = time.perf_counter()
     try:
-        for number in range(count):
+        for number in range(engines):
             job = runs / f"job-{number}.json"
             job.write_text(
                 json.dumps(
@@ -139,14 +151,14 @@ def run_bare(directory: Path, model: str, spec: WorkloadSpec, count: int, args: 
                         "workload": spec._asdict(),
                         "vocab_size": vocab_size(model),
                         "options": engine_settings(spec, args),
-                        "share": [number, count],
+                        "share": [number, engines],
                         "ready": str(runs),
                     }
                 )
             )
-            environment = visible(1, number)
+            environment = visible(size, number * size)
             if args.device == "cpu":
-                environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // count))
+                environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // count))  # each rank's
             command = [sys.executable, __file__, "--bare", str(job), str(runs / f"result-{number}.json")]
             processes.append(subprocess.Popen(command, env={**environment, "HF_HUB_OFFLINE": "1"}))
         for process in processes:
@@ -220,11 +232,21 @@ def main() -> None:
         bare(*args.bare)
         return
     end_on_sigterm()
+    for result in measure(args):
+        print(line_of(result["runs"][-1]), flush=True)
+        if args.save:
+            print(save(args.save, result), flush=True)
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The result so far after each number of GPUs, the last of `runs` being its row. Raises SystemExit where one fails."""
     spec = workload_spec(args)
     if args.num_seqs is None:
         spec = spec._replace(num_seqs=ROWS.get(args.workload, spec.num_seqs))
     if spec.model not in SHAPES:
         raise SystemExit(f"--model {spec.model!r} is no built-in shape; give one of {', '.join(SHAPES)}")
+    if odd := [count for count in args.gpus if count % args.tensor_parallel]:
+        raise SystemExit(f"--gpus {odd[0]} cannot be shared out to engines of --tensor-parallel {args.tensor_parallel}")
     result: dict[str, Any] = {
         "benchmark": "data_parallel",
         "workload": args.workload,
@@ -235,45 +257,57 @@ def main() -> None:
         "settings": args.set,
         "targets": {"scaling": SCALING, "of_bare": OF_BARE},
     }
+    if args.rows_per_gpu:
+        result["rows_per_gpu"] = args.rows_per_gpu
+        del result["num_seqs"]
     with tempfile.TemporaryDirectory(prefix="data-parallel-") as name:
         directory = Path(name)
         model = str(directory / "model")
         write_model(spec.model, Path(model))
-        work = spec.make(vocab_size(model))
-        write_rows(work, directory / "in" / "rows.parquet")
-        result |= {"input_tokens": sum(map(len, work.prompts)), "output_tokens": sum(work.max_tokens)}
-        # What is compiled once a machine is compiled before anything is timed.
-        run_bare(directory, model, spec._replace(num_seqs=16), 1, args)
-        rows = []
+        if (
+            args.device == "cuda" and not args.no_warm_up
+        ):  # what is compiled once a machine is compiled before anything is timed
+            run_bare(directory, model, spec._replace(num_seqs=16), args.tensor_parallel, args)
+        rows: list[dict[str, Any]] = []
         for count in args.gpus:
-            jobs, bares = [], []
+            if args.rows_per_gpu:
+                spec = spec._replace(num_seqs=args.rows_per_gpu * count)
+            work = spec.make(vocab_size(model))
+            source = directory / f"in-{spec.num_seqs}" / "rows.parquet"
+            if not source.exists():
+                write_rows(work, source)
+            sizes = {"input_tokens": sum(map(len, work.prompts)), "output_tokens": sum(work.max_tokens)}
+            if not args.rows_per_gpu:
+                result |= sizes
+            ways = {"job": run_job} if args.no_bare else {"job": run_job, "bare": run_bare}
+            runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
             for _ in range(args.rounds):
-                jobs.append(run_job(directory, model, spec, count, args))
-                bares.append(run_bare(directory, model, spec, count, args))
-                for run in (jobs[-1], bares[-1]):
-                    if (run["rows"], run["output_tokens"]) != (spec.num_seqs, result["output_tokens"]):
+                for way, run_once in ways.items():
+                    run = run_once(directory, model, spec, count, args)
+                    if (run["rows"], run["output_tokens"]) != (spec.num_seqs, sizes["output_tokens"]):
                         raise SystemExit(f"{run['rows']} rows of {run['output_tokens']} tokens came back")
-            job, bare_run = best(jobs), best(bares)
-            rows.append(row_of(count, job, bare_run, rows))
-            print(line_of(rows[-1]), flush=True)
+                    runs[way].append(run)
+            fastest = {way: best(of_way) for way, of_way in runs.items()}
+            rows.append(row_of(count, fastest["job"], fastest.get("bare"), rows))
             result["runs"] = rows
-            result[f"on_{count}"] = {"job": job, "bare": bare_run}
-            if args.save:
-                print(save(args.save, result), flush=True)
+            result[f"on_{count}"] = fastest
+            yield result
 
 
 def row_of(
-    count: int, job: dict[str, Any], bare: dict[str, Any], before: list[dict[str, Any]]
-) -> dict[str, float | int | None]:
+    count: int, job: dict[str, Any], bare: dict[str, Any] | None, before: list[dict[str, Any]]
+) -> dict[str, Any]:
     """One number of GPUs: output tokens a second of both ways, and their ratios, to each other and to what one GPU did."""
-    row = {"gpus": count}
-    for name, way in (("job", job), ("bare", bare)):
+    ways = {"job": job} | ({"bare": bare} if bare else {})
+    row: dict[str, Any] = {"gpus": count}
+    for name, way in ways.items():
         row |= {f"{name}_tok_s": way["output_tokens_per_s"], f"{name}_whole_tok_s": way["whole_output_tokens_per_s"]}
-    row |= {f"{name}_s": way["steady_s"] for name, way in (("job", job), ("bare", bare))}
-    row["of_bare"] = round(row["job_tok_s"] / row["bare_tok_s"], 4)
-    row["of_bare_whole"] = round(row["job_whole_tok_s"] / row["bare_whole_tok_s"], 4)
+    row |= {f"{name}_s": way["steady_s"] for name, way in ways.items()}
+    if bare:
+        row["of_bare"] = round(row["job_tok_s"] / row["bare_tok_s"], 4)
+        row["of_bare_whole"] = round(row["job_whole_tok_s"] / row["bare_whole_tok_s"], 4)
     one = next((earlier for earlier in [*before, row] if earlier["gpus"] == 1), None)
-    for name in ("job", "job_whole", "bare"):
+    for name in ("job", "job_whole", *(["bare"] if bare else [])):
         row[f"{name}_scaling"] = round(row[f"{name}_tok_s"] / one[f"{name}_tok_s"], 3) if one else None
     return row
 
@@ -281,14 +315,15 @@ def row_of(
 def line_of(row: dict[str, Any]) -> str:
     """What a person wants of it."""
     count = row["gpus"]
-    scaling = ""
+    parts = [
+        f"{count}: job {row['job_tok_s']:,.0f} output tok/s steady in {row['job_s']} s, {row['job_whole_tok_s']:,.0f} whole"
+    ]
     if count > 1 and row["job_scaling"] is not None:
-        target = f" (target {SCALING}x)" if count == 2 else ""
-        scaling = f"{row['job_scaling']:.3f}x one{target}; "
-    return (
-        f"{count}: job {row['job_tok_s']:,.0f} output tok/s steady in {row['job_s']} s, {row['job_whole_tok_s']:,.0f} whole; "
-        f"{scaling}bare {row['bare_tok_s']:,.0f} in {row['bare_s']} s; {row['of_bare']:.1%} of bare (target {OF_BARE:.0%})"
-    )
+        parts.append(f"{row['job_scaling']:.3f}x one" + (f" (target {SCALING}x)" if count == 2 else ""))
+    if "bare_s" in row:
+        parts.append(f"bare {row['bare_tok_s']:,.0f} in {row['bare_s']} s")
+        parts.append(f"{row['of_bare']:.1%} of bare (target {OF_BARE:.0%})")
+    return "; ".join(parts)
 
 
 if __name__ == "__main__":

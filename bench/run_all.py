@@ -136,9 +136,9 @@ def make_table(directory: Path) -> str:
             columns = list(dict.fromkeys(column for row in rows for column in row))
             machine = result.get("machine", {})
             where = machine.get("gpu") or machine.get("processor")
-            details.append(f"## {name}: {key} ({where}, {result.get('commit')})\n\n{_markdown(columns, rows)}")
+            details.append(f"## {name}: {key} ({where}, {result.get('commit')})\n\n{markdown(columns, rows)}")
     head = "# Results\n\nMade from the JSON files beside it: `python bench/run_all.py --table-only`.\n"
-    return "\n".join([head, _markdown(list(COLUMNS), main_table), *details])
+    return "\n".join([head, markdown(list(COLUMNS), main_table), *details])
 
 
 def _is_table(rows: Any) -> bool:
@@ -149,7 +149,7 @@ def _percent(fraction: float | None) -> str:
     return "" if fraction is None else f"{fraction:.1%}"
 
 
-def _markdown(columns: list[str], rows: list[dict[str, Any]]) -> str:
+def markdown(columns: list[str], rows: list[dict[str, Any]]) -> str:
     lines = [columns, ["---"] * len(columns), *([str(row.get(column, "")) for column in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
