@@ -144,11 +144,15 @@ class GrammarCompiler:
         # Each thread takes neighbours: those that share a lock are side by side.
         jobs.sort(key=lambda job: job[0].family)
         ordered = [job[1:] for job in jobs]
-        address, size, rows = out.ctypes.data, self.mask_words * 4, len(out)
-        filling = self._filler.submit(self._executor.unsafe_compute_mask_ptr, ordered, address, size, rows)
+        filling = self._filler.submit(self._fill, self._executor, ordered, out)
         for inner, _, _ in jobs:
             inner.filling = filling
         return filling
+
+    @staticmethod
+    def _fill(executor: Any, ordered: list[tuple[Any, int]], out: NDArray[np.int32]) -> None:
+        """Let the threads of `executor` write to `out`, which is held until they have: they know no more of it than its address."""
+        executor.unsafe_compute_mask_ptr(ordered, out.ctypes.data, out.strides[0], len(out))
 
     def fill_masks(self, states: Sequence[Constraint], out: NDArray[np.int32]) -> None:
         """`start_masks`, to its end."""
