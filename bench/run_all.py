@@ -56,6 +56,7 @@ def plan(gpu: bool, peer_arguments: list[str]) -> list[Step]:
     steps.append(Step(f"kernels_{where}", "kernels.py", []))
     steps.append(Step(f"plan_{where}", "plan.py", []))
     steps.append(Step("grammar_cpu", "grammar.py", []))
+    steps.append(Step("tail_cpu", "tail.py", []))
     few = ["--num-seqs", "8", "--input-len", "8", "32", "--max-length", "20", "--max-tokens", "200", "--rounds", "1"]
     steps.append(
         Step(f"sampling_options_{where}", "sampling_options.py", [] if gpu else ["--shape", "qwen3-42m", *few])
