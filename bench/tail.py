@@ -103,8 +103,8 @@ def simulate(shards: list[int], engines: int, case: Case, spread: float, chance:
                 engine.waiting.popleft()
 
     for _ in range(most):  # handed out in turn
-        for engine, shard in zip(pool, itertools.islice(queue, engines), strict=False):
-            engine.given.append(shard)
+        for engine, first in zip(pool, itertools.islice(queue, engines), strict=False):
+            engine.given.append(first)
     for number in range(engines):
         fill(number, 0.0)
     while running:

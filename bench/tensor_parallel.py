@@ -109,7 +109,7 @@ def sum_times(rank: int, size: int, hidden: int, counts: Sequence[int], store: P
         if tp.reducer is not None:
             ways["fused"] = fused
         micros = {name: micros_of(function, tp) for name, function in ways.items()}
-        row = {"ranks": size, "tokens": tokens}
+        row: dict[str, Any] = {"ranks": size, "tokens": tokens}
         row |= {name: round(value - micros["copy"], 2) for name, value in micros.items()}
         row["copy"] = round(micros["copy"], 2)
         if "fused" in row:
@@ -410,7 +410,8 @@ class Judge:
 def main() -> None:
     args = parse_args()
     if args.rank is not None:
-        sum_times(*args.rank, SHAPES[args.decode_model]["hidden_size"], args.sum_tokens, args.store)
+        rank, size = args.rank
+        sum_times(rank, size, SHAPES[args.decode_model]["hidden_size"], args.sum_tokens, args.store)
         return
     gpus = torch.cuda.device_count()
     if gpus and max(args.sizes) > gpus:
