@@ -20,6 +20,7 @@ SMALL = ["--model", "qwen3-42m", "--runs", "2"]
 SMALL_WORKLOADS = {
     "seed": ["--num-seqs", "8", "--input-len", "16", "64", "--output-len", "8", "32"],
     "8b": ["--num-seqs", "16", "--input-len", "16", "64", "--output-len", "8", "32"],
+    "30b-a3b": ["--num-seqs", "16", "--input-len", "16", "64", "--output-len", "8", "32"],
     "stream": ["--num-seqs", "16", "--input-len", "16", "64", "--output-len", "8", "32"],
     "labelling": ["--num-seqs", "32", "--prefix-len", "256", "--input-len", "8", "32", "--output-len", "1", "4"],
 }
