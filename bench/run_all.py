@@ -20,6 +20,7 @@ SMALL = ["--model", "qwen3-42m", "--runs", "2"]
 SMALL_WORKLOADS = {
     "seed": ["--num-seqs", "8", "--input-len", "16", "64", "--output-len", "8", "32"],
     "8b": ["--num-seqs", "16", "--input-len", "16", "64", "--output-len", "8", "32"],
+    "30b-a3b": ["--num-seqs", "16", "--input-len", "16", "64", "--output-len", "8", "32"],
     "stream": ["--num-seqs", "16", "--input-len", "16", "64", "--output-len", "8", "32"],
     "labelling": ["--num-seqs", "32", "--prefix-len", "256", "--input-len", "8", "32", "--output-len", "1", "4"],
 }
@@ -56,6 +57,7 @@ def plan(gpu: bool, peer_arguments: list[str]) -> list[Step]:
     steps.append(Step(f"kernels_{where}", "kernels.py", []))
     steps.append(Step(f"plan_{where}", "plan.py", []))
     steps.append(Step("grammar_cpu", "grammar.py", []))
+    steps.append(Step("tail_cpu", "tail.py", []))
     few = ["--num-seqs", "8", "--input-len", "8", "32", "--max-length", "20", "--max-tokens", "200", "--rounds", "1"]
     steps.append(
         Step(f"sampling_options_{where}", "sampling_options.py", [] if gpu else ["--shape", "qwen3-42m", *few])

@@ -109,7 +109,7 @@ def sum_times(rank: int, size: int, hidden: int, counts: Sequence[int], store: P
         if tp.reducer is not None:
             ways["fused"] = fused
         micros = {name: micros_of(function, tp) for name, function in ways.items()}
-        row = {"ranks": size, "tokens": tokens}
+        row: dict[str, Any] = {"ranks": size, "tokens": tokens}
         row |= {name: round(value - micros["copy"], 2) for name, value in micros.items()}
         row["copy"] = round(micros["copy"], 2)
         if "fused" in row:
@@ -282,7 +282,8 @@ def decode_times(args: argparse.Namespace, size: int) -> dict[str, Any]:
     for batch in args.batches:
         seconds(batch, SHORT)
         steps = [(seconds(batch, longest) - seconds(batch, SHORT)) / args.steps for _ in range(args.runs)]
-        step_ms[str(batch)] = round(statistics.median(steps) * 1e3, 3)
+        # On a machine with other work the longer call may be the faster one.
+        step_ms[str(batch)] = max(0.001, round(statistics.median(steps) * 1e3, 3))
     summary, preemptions = llm.executor.summary, llm.stats().preemptions
     llm.exit()
     return {
@@ -409,7 +410,8 @@ class Judge:
 def main() -> None:
     args = parse_args()
     if args.rank is not None:
-        sum_times(*args.rank, SHAPES[args.decode_model]["hidden_size"], args.sum_tokens, args.store)
+        rank, size = args.rank
+        sum_times(rank, size, SHAPES[args.decode_model]["hidden_size"], args.sum_tokens, args.store)
         return
     gpus = torch.cuda.device_count()
     if gpus and max(args.sizes) > gpus:
