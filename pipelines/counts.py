@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.columns import OutputColumns
@@ -97,7 +98,10 @@ def count_rows(table: pa.Table, columns: OutputColumns, shard: Shard | None = No
     `shard` says where its rows come from; without it no error is kept in full.
     """
     reasons, inputs, generated, errors = (table[name] for name in counted(columns))
+    # Samples of each row: rows may ask for numbers of their own.
+    each: NDArray[np.int64] | int = columns.rows_each
     if columns.lists:
+        each = pc.fill_null(pc.list_value_length(generated), 0).to_numpy().astype(np.int64)
         reasons, generated = (
             pa.chunked_array([chunk.flatten() for chunk in c.chunks], c.type.value_type) for c in (reasons, generated)
         )
@@ -120,7 +124,7 @@ def count_rows(table: pa.Table, columns: OutputColumns, shard: Shard | None = No
     cached = columns.name("num_cached_tokens")
     generated = generated.to_numpy().astype(np.int64)
     after_first = np.maximum(generated - 1, 0)
-    contexts = np.repeat(prompts.astype(np.int64), len(generated) // max(1, len(prompts)))
+    contexts = np.repeat(prompts.astype(np.int64), each)
     return Counts(
         rows=len(prompts),
         samples=len(reasons),

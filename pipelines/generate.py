@@ -747,6 +747,11 @@ def _root_cause(error: BaseException) -> str:
             break
         error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if (
+        lines and "retried_map_errors" in lines[-1]
+    ):  # Ray Data's own advice; what was raised stands before its exception
+        end = next((i for i, line in enumerate(lines) if line.startswith("The above exception was the direct")), None)
+        lines = lines[:end]
     # A failed constructor comes as the text of its traceback.
     return lines[-1].removeprefix("nanovllm.errors.UserError: ") if lines else type(error).__name__
 
