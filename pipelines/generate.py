@@ -503,7 +503,8 @@ class Run:
         context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
         context.execution_no_progress_timeout_s = -1  # a shard may take hours on a small machine
         nodes = max(1, sum(node["Alive"] for node in ray.nodes()))
-        source = source_of(self._config)
+        # An engine of another kind takes the model as it is given.
+        source = None if self._engine is not None else source_of(self._config)
         task = Task(
             self._config.as_dict(),
             self._owner.token if self._owner else "",
