@@ -27,7 +27,7 @@ from nanovllm.engine.row_sampling import SamplingInput
 from nanovllm.engine.step_result import StepCopy, StepResult
 from nanovllm.engine.token_masks import mask_words
 from nanovllm.errors import EngineDeadError, UserError
-from nanovllm.layers.attention import select_backend
+from nanovllm.layers.attention import SharingBackend, select_backend
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.config import ModelConfig
 
@@ -146,9 +146,11 @@ def shared_tile(config: EngineConfig, model_config: ModelConfig) -> int:
     """Sequences that are attended together to the prefix they share; 0 where that is not done."""
     if not config.shared_prefix_attention:
         return 0
+    backend = select_backend(config.attention_backend, resolve_device(config, 0))
+    if not issubclass(backend, SharingBackend):
+        return 0
     size = config.tensor_parallel_size
-    group = model_config.num_heads // size // max(1, model_config.num_kv_heads // size)
-    return select_backend(config.attention_backend, resolve_device(config, 0)).shared_tile(group)
+    return backend.shared_tile(model_config.num_heads // size // max(1, model_config.num_kv_heads // size))
 
 
 def choose_num_blocks(config: EngineConfig, most: int) -> int:

@@ -30,7 +30,7 @@ from nanovllm.engine.step_result import StepCopy
 from nanovllm.engine.token_masks import mask_words
 from nanovllm.errors import UserError
 from nanovllm.kernels.sampling import LEAST_KEY, RowMasks
-from nanovllm.layers.attention import Attention, AttentionBatch, select_backend
+from nanovllm.layers.attention import Attention, AttentionBatch, SharingBackend, select_backend
 from nanovllm.layers.backends.torch_backend import TorchBackend
 from nanovllm.layers.lora import AdapterTokens
 from nanovllm.layers.parallel import TensorParallel
@@ -179,7 +179,7 @@ class ModelRunner:
         # By whether some sequence has a low-rank adapter, and whether decodes share prefixes, so that other steps do nothing for it.
         self.graphs: dict[tuple[bool, bool], StepGraphs] = {}
         self.shares = False
-        if config.shared_prefix_attention and self.backend.shared_tile(1):
+        if config.shared_prefix_attention and isinstance(self.backend, SharingBackend):
             self.backend.enable_sharing(Capacity.of(self.max_num_seqs), self.max_num_seqs + 1)
         self.extended_sampler = ExtendedSampler(
             self.model.lm_head, self.state.temperatures, self.state.seeds, self.state.steps
@@ -256,6 +256,7 @@ class ModelRunner:
         self.state.update(step)
         self.adapted, self.shares = step.adapted, step.shares
         if step.shared is not None:
+            assert isinstance(self.backend, SharingBackend)
             self.backend.load_shared(step.shared)
         graphs = self._graphs_of(step.adapted, step.shares) if self.graphs else None
         decodes = step.num_decodes == len(step.slots)

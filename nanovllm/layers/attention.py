@@ -49,7 +49,7 @@ class AttentionBatch(NamedTuple):
         host_decode_lens: the lengths on the host, the longest first; None where only the device knows them.
         chunk_slots, chunk_query_lens, chunk_lens: [C] on the host, rows of `block_tables`, new tokens, and tokens in the
             cache after this step.
-        shares: decodes share prefixes, as `AttentionBackend.load_shared` was told.
+        shares: decodes share prefixes, as `SharingBackend.load_shared` was told.
         chunk_tiles: [N, 4] int32 on the device, what `AttentionBackend.chunk_tiles` made of these, for backends that have it.
     """
 
@@ -109,19 +109,6 @@ class AttentionBackend(ABC):
     def prepare(self) -> None:  # noqa: B027 - most backends need nothing
         """Make what a backend keeps beside its shape."""
 
-    @classmethod
-    def shared_tile(cls, group: int) -> int:
-        """Sequences that are attended together to what they share, where `group` query heads share a KV head; 0: it is not done."""
-        return 0
-
-    def enable_sharing(self, capacity: Capacity, slots: int) -> None:
-        """Make room for what decodes may share, see `load_shared`; `slots` are the rows of the block tables."""
-        raise NotImplementedError
-
-    def load_shared(self, shared: SharedPrefixes) -> None:
-        """What the decodes of the steps from here on share, where `AttentionBatch.shares`."""
-        raise NotImplementedError
-
     def chunk_tiles(self, slots: Ints, query_lens: Ints, lens: Ints) -> npt.NDArray[np.int32]:
         """What the backend must know of a step's chunks: [n, 4], with rows, in the second column, counted from the first chunk's
         first token. None for backends that plan with the lengths. A row of zeros is work that nobody sees."""
@@ -140,6 +127,23 @@ class AttentionBackend(ABC):
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any, spec: AttentionSpec
     ) -> torch.Tensor:
         """`q` [T, Hq, D] over the caches [N, P, Hkv, D] -> [T, Hq, D]; decodes' rows first, then the chunks' rows."""
+
+
+class SharingBackend(AttentionBackend):
+    """A backend that can attend once to what several decodes share."""
+
+    @classmethod
+    @abstractmethod
+    def shared_tile(cls, group: int) -> int:
+        """Sequences that are attended together to what they share, where `group` query heads share a KV head."""
+
+    @abstractmethod
+    def enable_sharing(self, capacity: Capacity, slots: int) -> None:
+        """Make room for what decodes may share, see `load_shared`; `slots` are the rows of the block tables."""
+
+    @abstractmethod
+    def load_shared(self, shared: SharedPrefixes) -> None:
+        """What the decodes of the steps from here on share, where `AttentionBatch.shares`."""
 
 
 def available_backends(device: torch.device) -> list[str]:

@@ -19,7 +19,7 @@ from nanovllm.kernels.paged_decode import (
 )
 from nanovllm.kernels.paged_prefill import most_prefill_tiles, paged_prefill, prefill_tiles
 from nanovllm.kernels.shared_prefix import SharedBuffers, attend_shared, make_shared_buffers, members_of_tile
-from nanovllm.layers.attention import AttentionBackend, AttentionBatch, AttentionSpec, Ints
+from nanovllm.layers.attention import AttentionBatch, AttentionSpec, Ints, SharingBackend
 from nanovllm.utils.prefixes import Capacity, SharedPrefixes
 from nanovllm.utils.transfer import to_device
 
@@ -32,7 +32,7 @@ class TritonPlan(NamedTuple):
     tiles: torch.Tensor | None
 
 
-class TritonBackend(AttentionBackend):
+class TritonBackend(SharingBackend):
     """Split-KV decode planned on the device, and prefill by tiles listed on the host."""
 
     supports_graphs: ClassVar[bool] = True
@@ -55,15 +55,15 @@ class TritonBackend(AttentionBackend):
 
     @classmethod
     def shared_tile(cls, group: int) -> int:
-        """See `AttentionBackend.shared_tile`."""
+        """See `SharingBackend.shared_tile`."""
         return members_of_tile(group)
 
     def enable_sharing(self, capacity: Capacity, slots: int) -> None:
-        """See `AttentionBackend.enable_sharing`."""
+        """See `SharingBackend.enable_sharing`."""
         self.shared = make_shared_buffers(*capacity, slots, self.num_heads, self.head_dim, self.device)
 
     def load_shared(self, shared: SharedPrefixes) -> None:
-        """See `AttentionBackend.load_shared`."""
+        """See `SharingBackend.load_shared`."""
         buffers = self.shared
         assert buffers is not None
         items = np.zeros(buffers.items.shape, dtype=np.int32)
