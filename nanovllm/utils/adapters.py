@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 
 from nanovllm.errors import UserError
-from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import RowParallelLinear
 from nanovllm.layers.lora import AdapterTokens, LoraWeights
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.decoder import CausalLM
 from nanovllm.utils.hub import resolve_model
-from nanovllm.utils.loader import read_header
+from nanovllm.utils.loader import LinearLayer, linear_layers, read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LEAST_RANK = 16  # of a matrix product's tile
@@ -48,15 +48,6 @@ class Adapter:
     tensors: Mapping[str, dict[str, str]]  # layer -> {"A": tensor's name, "B": ...}
 
 
-class _Place:
-    """Where a checkpoint's layer is in the model: a linear module, and its part there, None where it is all of it."""
-
-    def __init__(
-        self, module: ColumnParallelLinear | RowParallelLinear, part: int | None, shape: tuple[int, int]
-    ) -> None:
-        self.module, self.part, self.shape = module, part, shape
-
-
 def read_adapters(adapters: Mapping[str, str], model: CausalLM) -> list[Adapter]:
     """The adapters of an engine in the order of their names, checked against an unsharded `model` (it may be on the meta device).
 
@@ -66,11 +57,11 @@ def read_adapters(adapters: Mapping[str, str], model: CausalLM) -> list[Adapter]
     Raises:
         UserError: files missing, not PEFT's, or not made for this model; one line.
     """
-    places = _places(model)
-    return [_read(name, adapters[name], places) for name in sorted(adapters)]
+    layers = linear_layers(model)
+    return [_read(name, adapters[name], layers) for name in sorted(adapters)]
 
 
-def _read(name: str, given: str, places: Mapping[str, _Place]) -> Adapter:
+def _read(name: str, given: str, layers: Mapping[str, LinearLayer]) -> Adapter:
     directory = resolve_model(given)
     what = f"lora adapter {name!r} ({directory})"
     config = _config(directory, what)
@@ -88,17 +79,19 @@ def _read(name: str, given: str, places: Mapping[str, _Place]) -> Adapter:
     tensors: dict[str, dict[str, str]] = {}
     for stored, info in read_header(file).items():
         match = _NAME.fullmatch(stored)
-        place = None if match is None else places.get(match["layer"])
-        if match is None or place is None:
+        layer = None if match is None else layers.get(match["layer"])
+        if match is None or layer is None:
             raise UserError(f"{what} holds the tensor {stored}, which changes no linear layer of this model")
-        rows, columns = place.shape
+        rows, columns = layer.module.weight.shape
+        if layer.part is not None:
+            rows = layer.module.offsets[layer.part][1]
         shape = (rank, columns) if match["matrix"] == "A" else (rows, rank)
         if info.shape != shape:
             raise UserError(f"{what}: tensor {stored} has shape {list(info.shape)}, the model asks for {list(shape)}")
         tensors.setdefault(match["layer"], {})[match["matrix"]] = stored
-    for layer, matrices in tensors.items():
+    for changed, matrices in tensors.items():
         if len(matrices) < 2:
-            raise UserError(f"{what} lacks lora_{'B' if 'A' in matrices else 'A'} of {layer}; save it again")
+            raise UserError(f"{what} lacks lora_{'B' if 'A' in matrices else 'A'} of {changed}; save it again")
     scaling = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
     return Adapter(name, file, rank, scaling, tensors)
 
@@ -123,55 +116,36 @@ def load_adapters(model: CausalLM, adapters: list[Adapter], tp: TensorParallel, 
     rank = LEAST_RANK
     while rank < max(adapter.rank for adapter in adapters):
         rank *= 2
-    places = _places(model)
+    layers = linear_layers(model)
     changed = {layer for adapter in adapters for layer in adapter.tensors}
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-    for module, part in {places[layer].module: places[layer].part for layer in changed}.items():
+    for module, part in {layers[name].module: layers[name].part for name in changed}.items():
         rows, columns = module.weight.shape
         starts = [0, rows]
-        if part is not None and isinstance(module, ColumnParallelLinear):
+        if part is not None:
             starts = [*(start for start, _, _ in module.offsets.values()), rows]
         a = torch.zeros(len(adapters), (len(starts) - 1) * rank, columns, dtype=dtype, device=device)
         b = torch.zeros(len(adapters), rows, rank, dtype=dtype, device=device)
         module.lora = LoraWeights(a, b, starts, tokens)
     for index, adapter in enumerate(adapters):
         with safe_open(str(adapter.file), framework="pt", device="cpu") as file:
-            for layer, matrices in adapter.tensors.items():
-                place = places[layer]
+            for name, matrices in adapter.tensors.items():
                 a_part, b_part = (file.get_tensor(matrices[matrix]).float() for matrix in ("A", "B"))
-                _load(place, index, a_part, b_part * adapter.scaling, rank, tp)
+                _load(layers[name], index, a_part, b_part * adapter.scaling, rank, tp)
 
 
-def _load(place: _Place, index: int, a: torch.Tensor, b: torch.Tensor, rank: int, tp: TensorParallel) -> None:
-    module = place.module
+def _load(layer: LinearLayer, index: int, a: torch.Tensor, b: torch.Tensor, rank: int, tp: TensorParallel) -> None:
+    module, part = layer
     assert module.lora is not None
-    own, first = len(a), (place.part or 0) * rank
-    if isinstance(module, ColumnParallelLinear) and place.part is None:
-        b = module.rows_of_rank(b)
-        start, rows = 0, len(b)
-    elif isinstance(module, ColumnParallelLinear):
-        assert place.part is not None
-        start, rows, shard = list(module.offsets.values())[place.part]
-        b = b[shard * rows : (shard + 1) * rows]
-    else:
-        start, rows, columns = 0, len(b), module.weight.shape[1]
+    own, first, start = len(a), 0, 0
+    if isinstance(module, RowParallelLinear):
+        columns = module.weight.shape[1]
         a = a[:, tp.rank * columns : (tp.rank + 1) * columns]
+    elif part is None:
+        b = module.rows_of_rank(b)
+    else:
+        first = list(module.offsets).index(part) * rank
+        start, rows, shard = module.offsets[part]
+        b = b[shard * rows : (shard + 1) * rows]
     module.lora.a[index, first : first + own].copy_(a)
-    module.lora.b[index, start : start + rows, :own].copy_(b)
-
-
-def _places(model: CausalLM) -> dict[str, _Place]:
-    """Every linear layer of the blocks by its name in the checkpoint, with its shape as far as this rank has it."""
-    return dict(_linear_layers(model))
-
-
-def _linear_layers(model: CausalLM) -> Iterator[tuple[str, _Place]]:
-    names_of_parts = {packed: name for name, packed in model.packed_modules.items()}
-    for name, module in model.named_modules():
-        parent, _, own = name.rpartition(".")
-        if isinstance(module, ColumnParallelLinear) and (own, next(iter(module.offsets))) in names_of_parts:
-            for number, (part, (_, rows, _)) in enumerate(module.offsets.items()):
-                yield f"{parent}.{names_of_parts[own, part]}", _Place(module, number, (rows, module.weight.shape[1]))
-        elif isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            rows, columns = module.weight.shape
-            yield name, _Place(module, None, (rows, columns))
+    module.lora.b[index, start : start + len(b), :own].copy_(b)

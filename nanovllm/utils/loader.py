@@ -384,21 +384,37 @@ def _checkpoint_name(name: str, model: CausalLM) -> str:
     return ".".join(model.renamed.get(piece, piece) for piece in name.split(".")) if model.renamed else name
 
 
+class LinearLayer(NamedTuple):
+    """A linear layer of the checkpoint: its module here, and which of its fused parts it is; None where it is all of it."""
+
+    module: ColumnParallelLinear | RowParallelLinear
+    part: str | None
+
+
+def linear_layers(model: CausalLM) -> dict[str, LinearLayer]:
+    """The linear layers of the blocks, experts aside, by their names in the checkpoint."""
+    names_of_parts = {packed: name for name, packed in model.packed_modules.items()}
+    layers: dict[str, LinearLayer] = {}
+    for name, module in model.named_modules():
+        parent, _, own = name.rpartition(".")
+        if isinstance(module, ColumnParallelLinear) and (own, next(iter(module.offsets))) in names_of_parts:
+            layers |= {f"{parent}.{names_of_parts[own, part]}": LinearLayer(module, part) for part in module.offsets}
+        elif isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            layers[name] = LinearLayer(module, None)
+    return {_checkpoint_name(name, model): layer for name, layer in layers.items()}
+
+
 def _schemes(model: CausalLM, quantization: Quantization | None) -> dict[str, WeightScheme]:
     """How the quantised weights are stored, by the layer's name in the checkpoint."""
     if quantization is None:
         return {}
-    layers: list[str] = []
-    names_of_parts = {packed: name for name, packed in model.packed_modules.items()}
+    others: list[str] = []
     for name, module in model.named_modules():
-        parent, _, own = name.rpartition(".")
-        if isinstance(module, ColumnParallelLinear) and (own, next(iter(module.offsets))) in names_of_parts:
-            layers += [f"{parent}.{names_of_parts[own, part]}" for part in module.offsets]
-        elif isinstance(module, FusedExperts):
-            layers += [f"{name}.{i}.{part}" for i in range(module.total) for part in model.expert_parts]
-        elif isinstance(module, (ColumnParallelLinear, RowParallelLinear, ParallelLMHead)):
-            layers.append(name)
-    layers = [_checkpoint_name(layer, model) for layer in layers]
+        if isinstance(module, FusedExperts):
+            others += [f"{name}.{i}.{part}" for i in range(module.total) for part in model.expert_parts]
+        elif isinstance(module, ParallelLMHead):
+            others.append(name)
+    layers = [*linear_layers(model), *(_checkpoint_name(name, model) for name in others)]
     found = {layer: quantization.scheme_of(layer) for layer in layers}
     return {layer: scheme for layer, scheme in found.items() if scheme is not None}
 
