@@ -54,12 +54,9 @@ class Unsampled(NamedTuple):
     filled: Future[None] | None
 
 
-class Read(NamedTuple):
-    """A token that was read and counts, and where its sequence's constraint has it already, what that says of it."""
-
-    seq: Sequence
-    token_id: int
-    verdict: Verdict | None = None
+# A token that was read and counts, with its sequence; and where the sequence's constraint has it already, what that says of it. A plain tuple:
+# there is one for every token.
+Read = tuple[Sequence, int, Verdict | None]
 
 
 class LLMEngine:
@@ -202,8 +199,8 @@ class LLMEngine:
         while len(self.in_flight) > 1:
             reads += self._read()
         reads = self._accept(reads)
-        ended = {read.seq.seq_id for read in reads if self._surely_ends(read)}
-        forced = self._worthwhile_forced_tokens(batch, asking - ended, {read.seq.seq_id for read in reads})
+        ended = {read[0].seq_id for read in reads if self._surely_ends(read)}
+        forced = self._worthwhile_forced_tokens(batch, asking - ended, {seq.seq_id for seq, _, _ in reads})
         if forced:
             self._apply(reads, finished)
             reads = []
@@ -223,7 +220,7 @@ class LLMEngine:
                 seq.num_pending -= 1
                 seq.on_device = False  # it knows neither the last token nor how many there are
                 for token_id in forced[seq.seq_id]:
-                    if self._append(Read(seq, token_id), finished):
+                    if self._append((seq, token_id, None), finished):
                         break
             elif extra.constraint is not None and extra.constraint.needs_mask:
                 if extra.needs_logits:
@@ -289,7 +286,7 @@ class LLMEngine:
                 continue
             seq.num_pending -= 1
             if seq.status is not SequenceStatus.FINISHED:  # else: sampled before it was known that the sequence ends
-                reads.append(Read(seq, token_id))
+                reads.append((seq, token_id, None))
         return reads
 
     def _accept(self, reads: list[Read]) -> list[Read]:
@@ -307,7 +304,7 @@ class LLMEngine:
             constraint = None if extra is None else extra.constraint
             if extra is not None and constraint is not None:
                 fit = next(fits) if extra.accepts_together else constraint.accept(token_id)
-                read = Read(seq, token_id, Verdict(fit, constraint.is_stopped))
+                read = seq, token_id, Verdict(fit, constraint.is_stopped)
             accepted.append(read)
         return accepted
 
@@ -325,9 +322,9 @@ class LLMEngine:
 
     def _append(self, read: Read, finished: list[tuple[Sequence, RequestOutput]]) -> bool:
         """Add a token to its sequence; whether that ends it. What is finished with it is added to `finished`."""
-        seq = read.seq
+        seq, token_id, verdict = read
         self.generated_tokens += 1
-        reason = self.output_processor.append(*read)
+        reason = self.output_processor.append(seq, token_id, verdict)
         if reason is None:
             return False
         self.scheduler.finish(seq, reason)
