@@ -568,11 +568,10 @@ class Run:
             self._history.note("failed", f"shard {shard.index} ({where}): {result.reason}")
             return
         self._progress.committed_rows += shard.rows
-        if result.counts is not None:
-            self._progress.committed_errors += result.counts["error_rows"]
-            self._metrics.committed(result.counts)
         self._reused_rows += result.reused_rows
         counts = Counts.from_dict(result.counts or {})
+        self._progress.committed_errors += counts.error_rows
+        self._metrics.committed(counts)
         counts.error_samples = keep_few(self._error_samples, counts.error_samples)  # so that the ledger stays small
         self._unwritten.append(replace(result, counts=counts.as_dict()))
         if time.monotonic() - self._written_at > self._config.run.journal_flush_s:

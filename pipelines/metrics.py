@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nanovllm.engine.stats import STEP_BOUNDS_S, EngineStats
@@ -157,14 +157,13 @@ class JobMetrics:
         self._recorder = Recorder(JOB, output)
         self._restarted: set[tuple[str, int, str | None]] = set()
 
-    def committed(self, counts: Mapping[str, Any]) -> None:
-        """Note a committed shard by its `Counts.as_dict()`."""
-        found = Counts.from_dict(counts)
+    def committed(self, counts: Counts) -> None:
+        """Note a committed shard."""
         record = self._recorder
-        record.add("nanovllm_committed_rows", found.rows)
-        record.add("nanovllm_committed_prompt_tokens", found.input_tokens)
-        record.add("nanovllm_committed_generated_tokens", found.generated_tokens)
-        for kind, count in found.errors.items():
+        record.add("nanovllm_committed_rows", counts.rows)
+        record.add("nanovllm_committed_prompt_tokens", counts.input_tokens)
+        record.add("nanovllm_committed_generated_tokens", counts.generated_tokens)
+        for kind, count in counts.errors.items():
             record.add("nanovllm_committed_error_rows", count, kind)
 
     def look(self, workers: Iterable[tuple[float, WorkerState]], sample: Sample, total_rows: int) -> None:
