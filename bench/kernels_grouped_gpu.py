@@ -223,7 +223,7 @@ def lora_section() -> list[Row]:
     rows: list[Row] = []
     tp = TensorParallel()
     for name, (hidden, size, heads, kv_heads, layers) in LORA_SHAPES.items():
-        holder = AdapterTokens()
+        holder = AdapterTokens(ADAPTERS)
         blocks: list[dict[str, Linear]] = []
         for _ in range(layers):
             with torch.device(DEVICE):
@@ -247,7 +247,7 @@ def lora_section() -> list[Row]:
             index = torch.arange(tokens, device=DEVICE, dtype=torch.int32) // run % ADAPTERS
             row: Row = {"lora": name, "tokens": tokens}
             for kind, value in (("base_us", None), ("us", index)):
-                holder.index = value
+                holder.assign(value)
                 calls = [partial(module, inputs[part]) for block in blocks for part, module in block.items()]
                 row[kind] = round(layer_us(calls) * len(inputs), 1)
                 for part in inputs:

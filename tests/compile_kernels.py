@@ -95,10 +95,19 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         shape |= {"EVEN_N": even, "EVEN_K": even, "PREFETCH": 8, "PRECISION": "tf32", "PDL": True}
         kind = f"grouped {block_m}, even {even}, gated {gated}"
         found.append((kind, fused_moe._grouped_linear_kernel, GROUPED, shape | {"num_warps": tiles.warps}))
-    shrink = {"x_ptr": BF16, "a_ptr": BF16, "low_ptr": F32, "adapters": I32}
-    found.append(("shrink", lora._shrink_kernel, shrink, {"TOKENS": 16, "RANK": 16, "COLUMNS": 128}))
-    expand = {"low_ptr": F32, "b_ptr": BF16, "out_ptr": BF16, "adapters": I32}
-    found.append(("expand", lora._expand_kernel, expand, {"SPLITS": 2, "TOKENS": 16, "RANK": 16, "COLUMNS": 128}))
+    low_rank = {
+        "x_ptr": BF16,
+        "a_ptr": BF16,
+        "low_ptr": F32,
+        "b_ptr": BF16,
+        "order": I32,
+        "plan": I32,
+        "column_tiles": I32,
+    }
+    for block_m, out in ((16, BF16), (64, F32)):
+        shape = {"BLOCK_M": block_m, "RANK": 16, "BLOCK_K": lora.BLOCK_K, "SPLITS": 2, "COLUMNS": 128, "PDL": True}
+        found.append((f"shrink {block_m}", lora._shrink_kernel, low_rank, shape))
+        found.append((f"expand {block_m} {out}", lora._expand_kernel, low_rank | {"out_ptr": out}, shape))
     summed = {"outer_ptr": BF16, "ids_ptr": I32, "weights_ptr": F32, "out_ptr": BF16}
     found.append(("weighted sum", fused_moe._weighted_sum_kernel, summed, {"TOP_K": 8, "BLOCK": 1024, "PDL": True}))
     return found
