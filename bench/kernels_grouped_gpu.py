@@ -20,7 +20,8 @@ from kernels_gpu import DEVICE, DTYPE, Row, difference, layer_us, read_ceiling
 
 from nanovllm.engine.shared_prefix import find_shared
 from nanovllm.kernels import fused_moe, lora
-from nanovllm.kernels.fused_moe import MoeTiles
+from nanovllm.kernels.fused_moe import ProductTiles
+from nanovllm.kernels.grouping import group_rows
 from nanovllm.layers.attention import AttentionBatch, AttentionSpec
 from nanovllm.layers.backends.triton_backend import TritonBackend
 from nanovllm.layers.linear import (
@@ -40,7 +41,7 @@ MOE_TOKENS = (1, 64, 256, 1024, 4096)
 # [block_m]: (block_n, block_k, stages, warps).
 MOE_TILES: dict[int, tuple[tuple[int, int, int, int], ...]] = {
     16: (
-        (16, 256, 4, 4), (32, 64, 6, 4), (32, 128, 3, 4), (32, 128, 4, 4), (32, 128, 4, 2), (32, 256, 3, 4), (64, 64, 4, 4), (64, 64, 6, 4),
+        (16, 256, 4, 2), (16, 256, 4, 4), (16, 512, 3, 4), (32, 64, 6, 4), (32, 128, 3, 4), (32, 128, 4, 4), (32, 128, 4, 2), (32, 256, 3, 4), (64, 64, 4, 4), (64, 64, 6, 4),
         (64, 128, 2, 4), (64, 128, 3, 4), (64, 128, 4, 4), (64, 128, 3, 8), (128, 64, 3, 4), (128, 64, 4, 4), (128, 64, 4, 8),
     ),
     32: (
@@ -147,44 +148,45 @@ def _moe_rows(name: str, shape: MoeShape, tokens: int, gate_up: torch.Tensor, do
         return fused_moe.fused_experts(x, gate_up[layer], down[layer], ids, weights)
 
     tiles = fused_moe.moe_tiles(pairs, experts)
-    sort = [partial(fused_moe.sort_by_expert, ids, experts, 0, tiles.block_m) for ids, _ in routed]
+    group = [partial(group_rows, ids, experts, 0, tiles.block_m) for ids, _ in routed]
     us = layer_us([partial(block, layer) for layer in range(layers)])
     reference = fused_moe.fused_experts_torch(x, gate_up[0], down[0], *routed[0])
     row: Row = {
         "moe": name, "tokens": tokens, "experts": round(touched, 1), "gb_per_s": round(gb_per_s), **whole,
         "us": round(us, 1), "of_limit": round(whole["limit_us"] / us, 3), "tiles": tiles,
         "route_us": round(layer_us([partial(fused_moe.route, one, top_k, True) for one in logits]), 1),
-        "sort_us": round(layer_us(sort), 1), "difference": difference(block(0), reference),
+        "group_us": round(layer_us(group), 1), "difference": difference(block(0), reference),
     }  # fmt: skip
     rows = [row]
     print(row, flush=True)
     inner = torch.randn(pairs, size, device=DEVICE, dtype=DTYPE)
     outer = torch.empty(pairs, hidden, device=DEVICE, dtype=DTYPE)
+    grouped = fused_moe.groups_pairs(pairs, top_k, experts)
     plans = {
-        block_m: [fused_moe.sort_by_expert(ids, experts, 0, block_m) for ids, _ in routed]
+        block_m: [group_rows(ids, experts, 0, block_m) if grouped else (ids, None) for ids, _ in routed]
         for block_m in _block_sizes(pairs / experts)
     }
-    variants = [MoeTiles(block_m, *rest) for block_m in plans for rest in MOE_TILES[block_m]]
+    variants = [(block_m, ProductTiles(*tiles)) for block_m in plans for tiles in MOE_TILES[block_m]]
     products: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]] = {
         "gate_up": (x, gate_up, inner, 2 * touched * expert_bytes, 2 * expert_flops),
         "down": (inner, down, outer, touched * expert_bytes, expert_flops),
     }
 
-    def call(product: str, tiles: MoeTiles, layer: int) -> None:
+    def call(product: str, block_m: int, tiles: ProductTiles, layer: int) -> None:
         source, weight, out, *_ = products[product]
-        plan = plans[tiles.block_m][layer]
-        fused_moe._grouped_linear(source, weight[layer], out, *plan, tiles, top_k, gated=product == "gate_up")
+        plan, gated = plans[block_m][layer], product == "gate_up"
+        fused_moe.grouped_linear(source, weight[layer], out, *plan, 0, top_k, block_m, tiles, gated=gated)
 
-    compile_all([partial(call, product, tiles, 0) for product in products for tiles in variants])
+    compile_all([partial(call, product, *variant, 0) for product in products for variant in variants])
     for product, (source, _, out, num_bytes, flops) in products.items():
         # Here what goes from one product to the other counts: no product alone is without it.
         least = limit(num_bytes + (source.numel() + out.numel()) * DTYPE.itemsize, flops, gb_per_s)
         best: Row | None = None
-        for tiles in variants:
-            us_or_none = timed([partial(call, product, tiles, layer) for layer in range(layers)])
+        for variant in variants:
+            us_or_none = timed([partial(call, product, *variant, layer) for layer in range(layers)])
             if us_or_none is None:
                 continue
-            one = {"moe": name, "tokens": tokens, "product": product, "tiles": tiles, "us": round(us_or_none, 1)}
+            one = {"moe": name, "tokens": tokens, "product": product, "tiles": variant, "us": round(us_or_none, 1)}
             rows.append(one | least | {"of_limit": round(least["limit_us"] / us_or_none, 3)})
             best = min(best or rows[-1], rows[-1], key=lambda r: r["us"])
         print("best", best, flush=True)
@@ -221,7 +223,7 @@ def lora_section() -> list[Row]:
     rows: list[Row] = []
     tp = TensorParallel()
     for name, (hidden, size, heads, kv_heads, layers) in LORA_SHAPES.items():
-        holder = AdapterTokens()
+        holder = AdapterTokens(ADAPTERS)
         blocks: list[dict[str, Linear]] = []
         for _ in range(layers):
             with torch.device(DEVICE):
@@ -245,7 +247,7 @@ def lora_section() -> list[Row]:
             index = torch.arange(tokens, device=DEVICE, dtype=torch.int32) // run % ADAPTERS
             row: Row = {"lora": name, "tokens": tokens}
             for kind, value in (("base_us", None), ("us", index)):
-                holder.index = value
+                holder.assign(value)
                 calls = [partial(module, inputs[part]) for block in blocks for part, module in block.items()]
                 row[kind] = round(layer_us(calls) * len(inputs), 1)
                 for part in inputs:

@@ -54,12 +54,12 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] -> [T, sum of this rank's rows]."""
-        if self.lora is not None and self.lora.active:
-            return self.lora.add(x, F.linear(x, self.weight, self.bias))
         tiles = choose_tiles(x, self.weight)
         if tiles is not None:
-            return skinny_linear(x, self.weight, tiles, self.bias)
-        return F.linear(x, self.weight, self.bias)
+            out = skinny_linear(x, self.weight, tiles, self.bias)
+        else:
+            out = F.linear(x, self.weight, self.bias)
+        return self.lora.add(x, out) if self.lora is not None and self.lora.active else out
 
 
 class GatedColumnParallelLinear(ColumnParallelLinear):
@@ -130,13 +130,10 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features / size] -> this rank's partial sums [T, out_features], or [S, T, out_features] in float32."""
         bias = self.bias if self.tp.rank == 0 else None
-        if self.lora is not None and self.lora.active:
-            return self.lora.add(x, self._product(x, bias))  # partial sums as well: it is linear
-        if self.tp.size == 1:
-            tiles = choose_tiles(x, self.weight, partial=self.splits)
-            if tiles is not None:
-                return skinny_linear(x, self.weight, tiles, bias)
-        return self._product(x, bias)
+        tiles = choose_tiles(x, self.weight, partial=self.splits) if self.tp.size == 1 else None
+        out = self._product(x, bias) if tiles is None else skinny_linear(x, self.weight, tiles, bias)
+        # To partial sums as well: it is linear.
+        return self.lora.add(x, out) if self.lora is not None and self.lora.active else out
 
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.tp.size == 1:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams, UserError
-from nanovllm.kernels.lora import lora_add, lora_add_torch
+from nanovllm.kernels.lora import column_tiles, group_adapters, lora_add, lora_add_torch
 from nanovllm.kernels.triton_compat import HAS_TRITON
 from tests.models import make_model, needs_two_ranks
 
@@ -179,6 +179,6 @@ def test_the_kernel_equals_its_reference(tokens: int, features: int, starts: lis
     for adapters in (torch.randint(-1, count, (tokens,), generator=generator), torch.full((tokens,), -1)):
         index = adapters.int().to(DEVICE)
         expected = lora_add_torch(x, out.clone(), a, b, index, starts)
-        found = lora_add(x, out.clone(), a, b, index, starts)
+        found = lora_add(x, out.clone(), a, b, group_adapters(index, count), column_tiles(starts, index.device))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
         assert torch.equal(found[index < 0], out[index < 0])
