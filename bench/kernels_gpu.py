@@ -21,8 +21,20 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from nanovllm.kernels import activation, layernorm, paged_decode, paged_prefill, qk_norm_rope, sampling, skinny_linear
+from nanovllm.kernels import (
+    activation,
+    layernorm,
+    packed_linear,
+    paged_decode,
+    paged_prefill,
+    qk_norm_rope,
+    quantize,
+    sampling,
+    scaled_linear,
+    skinny_linear,
+)
 from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch
+from nanovllm.utils.roofline import H200
 
 try:  # the FlashAttention-3 of vLLM, without vLLM
     import vfa3
@@ -438,10 +450,117 @@ def layer_section(block_size: int) -> list[Row]:
     return rows
 
 
+# [N, K] of an 8B model's four products: Llama 3.1's.
+LINEAR_SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+SCALED_TILES = [
+    scaled_linear.ScaledTiles(*tiles)
+    for tiles in (
+        (64, 32, 1, 5, 4), (64, 32, 4, 5, 4), (64, 64, 1, 5, 4), (64, 64, 2, 5, 4), (64, 128, 1, 4, 4), (64, 128, 4, 4, 4),
+        (128, 64, 1, 4, 4), (128, 64, 2, 4, 4), (128, 128, 1, 4, 8), (128, 128, 1, 3, 4), (128, 256, 1, 3, 8), (256, 128, 1, 3, 8),
+    )
+]  # fmt: skip
+
+
+def linear_section(block_size: int) -> list[Row]:
+    """Products with plain and quantised weights, as they follow one another in a graph, each on a weight of its own.
+
+    Of a row, `share` is what was reached of the limit: the bytes at the memory's pace, or the arithmetic where that takes longer.
+    `quantize` is what making the activations 8 bits takes before.
+    """
+    rows: list[Row] = []
+    for name, (n, k) in LINEAR_SHAPES.items():
+        layers = 8
+        plain = [torch.randn(n, k, device=DEVICE, dtype=DTYPE) * 0.03 for _ in range(layers)]
+        rounded = {
+            (kind, group): [quantize.quantize_rows(weight, dtype, group) for weight in plain]
+            for kind, dtype, group in (
+                ("fp8", torch.float8_e4m3fn, 0),
+                ("fp8", torch.float8_e4m3fn, scaled_linear.GROUP),
+                ("int8", torch.int8, 0),
+            )
+        }
+        packed = [
+            (packed_linear.pack_columns(torch.randint(0, 16, (n, k), device=DEVICE)), torch.rand(k // 128, n, device=DEVICE))
+            for _ in range(layers)
+        ]  # fmt: skip
+        for m in (1, 16, 64, 256, 1024, 4096, 16384):
+            x = torch.randn(m, k, device=DEVICE, dtype=DTYPE)
+
+            def report(
+                form: str,
+                calls: Sequence[Callable[[], torch.Tensor]],
+                weight_bytes: float,
+                peak: float,
+                check: bool = True,
+            ) -> float:
+                us = layer_us(calls)
+                limit = max((n * k * weight_bytes + m * n * 2 + m * k * 2) / H200.bandwidth, 2 * m * n * k / peak) * 1e6
+                row: Row = {"linear": name, "m": m, "form": form, "us": round(us, 2), "share": round(limit / us, 3)}
+                row |= {"tflops": round(2 * m * n * k / us / 1e6), "gb_per_s": round(n * k * weight_bytes / us / 1e3)}
+                if check:
+                    y = calls[0]()
+                    row["difference"] = difference(y.sum(0) if y.dim() == 3 else y, F.linear(x, plain[0]))
+                rows.append(row)
+                print(row, flush=True)
+                return us
+
+            report("bf16", [partial(F.linear, x, weight) for weight in plain], 2, H200.flops)
+            for (kind, group), weights in rounded.items():
+                x8, x_scale = quantize.quantize_rows(x, weights[0][0].dtype, group)
+                make = partial(quantize.quantize_rows, x, weights[0][0].dtype, group)
+                rows.append(
+                    {"linear": name, "m": m, "form": f"quantize {kind} {group}", "us": round(layer_us([make] * 8), 2)}
+                )
+                print(rows[-1], flush=True)
+                if (kind, group) == ("fp8", 0):
+                    theirs = [
+                        partial(scaled_linear._cublas, x8, x_scale, weight, scale, None, None)
+                        for weight, scale in weights
+                    ]
+                    report("fp8 _scaled_mm", theirs, 1, H200.flops_8bit)
+                best: tuple[float, scaled_linear.ScaledTiles] | None = None
+                chosen = scaled_linear.scaled_tiles(m, n, k, 132, partial=name in ("o", "down"))
+                for tiles in dict.fromkeys([chosen, *SCALED_TILES]):
+                    small = tiles.block_m == 64
+                    if (
+                        (small and m > 256)
+                        or (not small and m <= 64)
+                        or (tiles.splits > 1 and (m > 256 or name not in ("o", "down")))
+                    ):
+                        continue
+                    calls = [
+                        partial(scaled_linear.triton_scaled_linear, x8, x_scale, weight, scale, DTYPE, tiles)
+                        for weight, scale in weights
+                    ]  # fmt: skip
+                    try:
+                        us = layer_us(calls)
+                    except triton.runtime.errors.OutOfResources as error:
+                        print(tiles, error, flush=True)
+                        continue
+                    best = min(best or (us, tiles), (us, tiles))
+                    if tiles == chosen:
+                        report(f"{kind} {group} chosen {tuple(tiles)}", calls, 1, H200.flops_8bit)
+                assert best is not None
+                calls = [
+                    partial(scaled_linear.triton_scaled_linear, x8, x_scale, weight, scale, DTYPE, best[1])
+                    for weight, scale in weights
+                ]
+                report(f"{kind} {group} best {tuple(best[1])}", calls, 1, H200.flops_8bit)
+            wide = [partial(packed_linear.packed_linear, x, numbers, scale, None) for numbers, scale in packed]
+            report("int4 128", wide, 0.5, H200.flops, check=False)
+            if m <= 256:
+                fp8 = [
+                    partial(packed_linear.packed_linear, x, numbers, scale, None)
+                    for numbers, scale in rounded["fp8", 0]
+                ]
+                report("fp8 widened", fp8, 1, H200.flops)
+    return rows
+
+
 def gpu_result(sections: list[str] | None, block_size: int) -> dict[str, Any]:
     """All `sections` (None: every one) as rows."""
     torch.manual_seed(0)
-    wanted = sections or ["decode", "contexts", "prefill", "small", "layer"]
+    wanted = sections or ["decode", "contexts", "prefill", "small", "layer", "fp8_linear"]
     result: dict[str, Any] = {"block_size": block_size}
     if "decode" in wanted:
         result["decode"] = decode_section(block_size)
@@ -453,4 +572,6 @@ def gpu_result(sections: list[str] | None, block_size: int) -> dict[str, Any]:
         result["small"] = small_section(block_size)
     if "layer" in wanted:
         result["layer"] = layer_section(block_size)
+    if "fp8_linear" in wanted:
+        result["fp8_linear"] = linear_section(block_size)
     return result

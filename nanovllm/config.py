@@ -54,7 +54,11 @@ class EngineConfig(BaseModel):
         description="The model thinks before it answers, between <think> and </think>: outputs come in two parts, and structured "
         "outputs begin after the thinking.",
     )
-    quantization: None = Field(None, description="Weight quantization; this version knows none.")
+    quantization: Literal["fp8"] | None = Field(
+        None,
+        description="fp8: round the weights of a checkpoint that is not quantized to 8-bit floats as it is loaded, each output feature "
+        "with a scale of its own. Quantized checkpoints say themselves how to read them.",
+    )
     kv_cache_dtype: Literal["auto"] = Field("auto", description="Type of the KV cache; auto: the model's.")
     lora_adapters: dict[str, str] = Field(
         default_factory=dict,

@@ -16,13 +16,17 @@ from nanovllm.kernels import (
     grouping,
     layernorm,
     lora,
+    packed_linear,
     paged_decode,
     paged_prefill,
     qk_norm_rope,
+    quantize,
+    scaled_linear,
     shared_prefix,
 )
 
 BF16, F32, I32, I64 = "*bf16", "*fp32", "*i32", "*i64"
+FP8, I8, I16, U8 = "*fp8e4nv", "*i8", "*i16", "*u8"
 QKV = {"q_ptr": BF16, "k_ptr": BF16, "v_ptr": BF16, "out_ptr": BF16, "block_tables": I32}
 DECODE = {**QKV, "starts": I32, "items": I32, "partial_out": F32, "partial_lse": F32, "arrived": I32}
 DECODE |= {"entries": I32, "entry_counts": I32, "shared_out": F32, "shared_lse": F32}
@@ -110,6 +114,47 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         found.append((f"expand {block_m} {out}", lora._expand_kernel, low_rank | {"out_ptr": out}, shape))
     summed = {"outer_ptr": BF16, "ids_ptr": I32, "weights_ptr": F32, "out_ptr": BF16}
     found.append(("weighted sum", fused_moe._weighted_sum_kernel, summed, {"TOP_K": 8, "BLOCK": 1024, "PDL": True}))
+    return [*found, *quantized_forms()]
+
+
+def quantized_forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
+    """Those of weights that stay quantised."""
+    found: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
+    for kind, numbers in (("fp8", FP8), ("int8", I8)):
+        for group in (128, 4096):
+            types = {"x_ptr": BF16, "numbers_ptr": numbers, "scale_ptr": F32}
+            shape = {"LARGEST": 448.0, "LEAST_SCALE": 1e-10, "GROUP": group, "INTEGER": kind == "int8", "BLOCK": 4096}
+            found.append(
+                (
+                    f"quantize {kind} {group}",
+                    quantize._quantize_rows_kernel,
+                    types,
+                    shape | {"PDL": True, "num_warps": 16},
+                )
+            )
+        types = {"x_ptr": numbers, "weight_ptr": numbers, "x_scale_ptr": F32, "scale_ptr": F32, "bias_ptr": BF16}
+        for rows, grouped, out in ((8, True, F32), (100, False, BF16), (4096, True, BF16)):
+            scaled = scaled_linear.scaled_tiles(rows, 6144, 4096, 132, partial=out == F32)
+            shape = {"BLOCK_M": scaled.block_m, "BLOCK_N": scaled.block_n, "BLOCK_K": 128, "STAGES": scaled.stages}
+            shape |= {"GROUPED": grouped, "EVEN_N": grouped, "PDL": True, "num_warps": scaled.warps}
+            form = f"scaled {kind} {rows}, grouped {grouped}"
+            found.append((form, scaled_linear._scaled_linear_kernel, types | {"out_ptr": out}, shape))
+    for numbers, zero, rows in ((U8, True, 8), (U8, False, 200), (I8, True, 8), (FP8, False, 64)):
+        packed = packed_linear.packed_tiles(rows, 6144, 4096, 128, 132)
+        types = {"x_ptr": BF16, "numbers_ptr": numbers, "scale_ptr": F32, "zero_ptr": I16, "out_ptr": BF16}
+        shape = {
+            "BLOCK_M": packed.block_m,
+            "BLOCK_N": packed.block_n,
+            "BLOCK_K": packed.block_k,
+            "STAGES": packed.stages,
+        }
+        shape |= {"PACKED": numbers == U8, "EVEN_N": zero, "PRECISION": "tf32", "PDL": True, "bias_ptr": None}
+        shape |= {} if zero else {"zero_ptr": None}
+        types = {name: type for name, type in types.items() if name not in shape}
+        found.append((f"packed {numbers} {rows}", packed_linear._packed_linear_kernel, types, shape))
+        types = {name: type for name, type in types.items() if name != "x_ptr"} | {"weight_ptr": BF16}
+        shape = {name: value for name, value in shape.items() if name in ("PACKED", "zero_ptr")} | {"BLOCK": 1024}
+        found.append((f"unpack {numbers}", packed_linear._unpack_kernel, types, shape))
     return found
 
 

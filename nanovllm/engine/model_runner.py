@@ -36,10 +36,12 @@ from nanovllm.layers.lora import AdapterTokens
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.sampler import sample
 from nanovllm.models.config import ModelConfig
+from nanovllm.models.quantization import ONLINE_FP8
 from nanovllm.models.registry import ARCHITECTURES
 from nanovllm.utils.adapters import load_adapters, read_adapters
 from nanovllm.utils.context import ForwardContext
 from nanovllm.utils.hub import resolve_model
+from nanovllm.utils.keep_quantized import can_keep_quantized, keep_quantized, materialize
 from nanovllm.utils.loader import init_dummy, load_model
 from nanovllm.utils.prefixes import Capacity
 from nanovllm.utils.transfer import to_device
@@ -158,14 +160,23 @@ class ModelRunner:
             self.dtype,
         )
         self.backend.check_block_size(config.kvcache_block_size)
-        with _default_dtype(self.dtype), self.device:
+        online = ONLINE_FP8 if config.quantization == "fp8" and model_config.quantization is None else None
+        quantization = online or model_config.quantization
+        keeps = quantization is not None and can_keep_quantized(self.device)
+        with _default_dtype(self.dtype):
             model_class = ARCHITECTURES[model_config.architecture].load()
+            with torch.device("meta") if keeps else self.device:
+                model = model_class(model_config, tp, self.backend, max_model_len)
+                if quantization is not None and keeps:
+                    keep_quantized(model, quantization)
+            if keeps:
+                materialize(model, self.device)
             # The rotary table is made on the CPU, whatever the default device.
-            self.model = model_class(model_config, tp, self.backend, max_model_len).to(self.device).eval()
-        if config.load_format == "dummy":
-            init_dummy(self.model)
-        else:
-            load_model(self.model, resolve_model(config.model), model_config.quantization)
+            self.model = model.to(self.device).eval()
+            if config.load_format == "dummy":
+                init_dummy(self.model)
+            else:
+                load_model(self.model, resolve_model(config.model), model_config.quantization, online)
         self.adapter_tokens: AdapterTokens | None = None
         if config.lora_adapters:
             with torch.device("meta"):

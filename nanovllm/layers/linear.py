@@ -1,7 +1,8 @@
 """Linear layers in Megatron's column and row shards. Each parameter carries the `weight_loader` that cuts its own shard.
 
 A weight loader is called as `loader(param, tensor, part)`: `tensor` is the full checkpoint tensor and `part` says which of a
-fused layer's parts it is (None where the layer is not fused).
+fused layer's parts it is (None where the layer is not fused). A layer that `keeps` its weight quantised has no `weight`, and
+`load_quantized` takes the checkpoint's.
 """
 
 from __future__ import annotations
@@ -14,9 +15,45 @@ from nanovllm.kernels.skinny_linear import choose_tiles, skinny_linear
 from nanovllm.layers.activation import gelu_and_mul, silu_and_mul
 from nanovllm.layers.lora import LoraWeights
 from nanovllm.layers.parallel import TensorParallel
+from nanovllm.layers.quantized import Numbers, QuantizedWeight
+from nanovllm.models.quantization import WeightFormat
 
 
-class ColumnParallelLinear(nn.Module):
+class ParallelLinear(nn.Module):
+    """What column and row shards share: a weight of this rank, plain or quantised, and adapters.
+
+    Args:
+        rows, columns: of this rank's weight.
+    """
+
+    def __init__(self, rows: int, columns: int, bias: bool) -> None:
+        super().__init__()
+        self.out_features, self.in_features = rows, columns
+        self.weight = _parameter(self.load, rows, columns)
+        self.bias = _parameter(self.load, rows) if bias else None
+        self.quantized: QuantizedWeight | None = None
+        self.lora: LoraWeights | None = None
+
+    def load(self, param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
+        """Copy this rank's part of a checkpoint tensor."""
+        raise NotImplementedError
+
+    def keep(self, form: WeightFormat) -> None:
+        """Have the weight quantised in `form` in place of the plain one."""
+        with self.weight.device:
+            self.quantized = QuantizedWeight(self.out_features, self.in_features, form)
+        del self.weight
+
+    def load_quantized(self, weight: Numbers | torch.Tensor, part: str | None) -> None:
+        """As `load`, into the quantised weight; a plain `weight` is quantised."""
+        raise NotImplementedError
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x` [T, in_features] times the weight, plus `bias`: [T, out_features]."""
+        return F.linear(x, self.weight, bias) if self.quantized is None else self.quantized.linear(x, bias)
+
+
+class ColumnParallelLinear(ParallelLinear):
     """`y = x W^T + b`, output features sharded; several checkpoint matrices with one input may be fused into `parts`.
 
     Args:
@@ -28,24 +65,34 @@ class ColumnParallelLinear(nn.Module):
     def __init__(
         self, in_features: int, parts: dict[str, tuple[int, int]], bias: bool, totals: tuple[int, ...] = ()
     ) -> None:
-        super().__init__()
+        super().__init__(sum(rows for rows, _ in parts.values()), in_features, bias)
         self.totals = totals
         self.offsets: dict[str, tuple[int, int, int]] = {}
         start = 0
         for name, (rows, shard_index) in parts.items():
             self.offsets[name] = (start, rows, shard_index)
             start += rows
-        self.weight = _parameter(self.load, start, in_features)
-        self.bias = _parameter(self.load, start) if bias else None
-        self.lora: LoraWeights | None = None
 
     def load(self, param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
         """Copy this rank's rows of checkpoint matrix `part`, or of all of them where `tensor` holds them one after the other."""
+        rows = self._part_of_rank(tensor, part)
+        start = 0 if part is None else self.offsets[part][0]
+        param.data[start : start + len(rows)].copy_(rows)
+
+    def load_quantized(self, weight: Numbers | torch.Tensor, part: str | None) -> None:
+        """As `load`, into the quantised weight; a plain `weight` is quantised."""
+        assert self.quantized is not None
+        start = 0 if part is None else self.offsets[part][0]
+        if isinstance(weight, torch.Tensor):
+            self.quantized.put(start, self._part_of_rank(weight, part))
+        else:
+            self.quantized.put(start, weight.rows(lambda tensor: self._part_of_rank(tensor, part)))
+
+    def _part_of_rank(self, tensor: torch.Tensor, part: str | None) -> torch.Tensor:
         if part is None:
-            param.data.copy_(self.rows_of_rank(tensor))
-            return
-        start, rows, shard_index = self.offsets[part]
-        param.data[start : start + rows].copy_(tensor[shard_index * rows : (shard_index + 1) * rows])
+            return self.rows_of_rank(tensor)
+        _, rows, shard_index = self.offsets[part]
+        return tensor[shard_index * rows : (shard_index + 1) * rows]
 
     def rows_of_rank(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's rows of all matrices, of a `tensor` that holds them whole, one after the other."""
@@ -54,11 +101,8 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] -> [T, sum of this rank's rows]."""
-        tiles = choose_tiles(x, self.weight)
-        if tiles is not None:
-            out = skinny_linear(x, self.weight, tiles, self.bias)
-        else:
-            out = F.linear(x, self.weight, self.bias)
+        tiles = None if self.quantized is not None else choose_tiles(x, self.weight)
+        out = self.product(x, self.bias) if tiles is None else skinny_linear(x, self.weight, tiles, self.bias)
         return self.lora.add(x, out) if self.lora is not None and self.lora.active else out
 
 
@@ -83,10 +127,10 @@ class GatedColumnParallelLinear(ColumnParallelLinear):
             return gelu_and_mul(super().forward(x))
         if self.lora is not None and self.lora.active:
             return silu_and_mul(super().forward(x))
-        tiles = choose_tiles(x, self.weight, gated=True)
+        tiles = None if self.quantized is not None else choose_tiles(x, self.weight, gated=True)
         if tiles is not None:
             return skinny_linear(x, self.weight, tiles, self.bias, gated=True)
-        return silu_and_mul(F.linear(x, self.weight, self.bias))
+        return silu_and_mul(self.product(x, self.bias))
 
 
 def qkv_parallel_linear(
@@ -101,7 +145,7 @@ def qkv_parallel_linear(
     return ColumnParallelLinear(hidden_size, parts, bias, totals)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(ParallelLinear):
     """`y = x W^T + b`, input features sharded: each rank has partial sums of `y`, and rank 0's hold the bias.
 
     Nothing is added up here: `RMSNorm.add_norm`, which comes next, does it along with the residual.
@@ -111,36 +155,54 @@ class RowParallelLinear(nn.Module):
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallel, slot: int) -> None:
-        super().__init__()
+        super().__init__(out_features, tp.shard(in_features), bias)
         self.tp = tp
         self.slot = slot
         # Whether a rank that is alone may return its sums in parts; no, where no residual addition follows.
         self.splits = True
-        self.weight = _parameter(self.load, out_features, tp.shard(in_features))
-        self.bias = _parameter(self.load, out_features) if bias else None
-        self.lora: LoraWeights | None = None
 
     def load(self, param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
         """Copy this rank's columns of the weight; the bias is whole on every rank."""
         if tensor.dim() == 2:
-            columns = param.shape[1]
-            tensor = tensor[:, self.tp.rank * columns : (self.tp.rank + 1) * columns]
+            start, stop = self._columns_of_rank
+            tensor = tensor[:, start:stop]
         param.data.copy_(tensor)
+
+    def load_quantized(self, weight: Numbers | torch.Tensor, part: str | None) -> None:
+        """As `load`, into the quantised weight; a plain `weight` is quantised."""
+        assert self.quantized is not None
+        start, stop = self._columns_of_rank
+        own = weight[:, start:stop] if isinstance(weight, torch.Tensor) else weight.columns(start, stop)
+        self.quantized.put(0, own)
+
+    @property
+    def _columns_of_rank(self) -> tuple[int, int]:
+        return self.tp.rank * self.in_features, (self.tp.rank + 1) * self.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features / size] -> this rank's partial sums [T, out_features], or [S, T, out_features] in float32."""
-        bias = self.bias if self.tp.rank == 0 else None
-        tiles = choose_tiles(x, self.weight, partial=self.splits) if self.tp.size == 1 else None
-        out = self._product(x, bias) if tiles is None else skinny_linear(x, self.weight, tiles, bias)
+        out = self._base(x, self.bias if self.tp.rank == 0 else None)
         # To partial sums as well: it is linear.
         return self.lora.add(x, out) if self.lora is not None and self.lora.active else out
 
-    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self.tp.size == 1:
-            return F.linear(x, self.weight, bias)
-        out = self.tp.partial_buffer(self.slot, len(x), len(self.weight), x.dtype)
+    def _base(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The product without adapters."""
+        if self.tp.size > 1:
+            return self._whole(x, bias)
+        if self.quantized is not None:
+            return self.quantized.linear(x, bias, partial=self.splits)
+        tiles = choose_tiles(x, self.weight, partial=self.splits)
+        return self._whole(x, bias) if tiles is None else skinny_linear(x, self.weight, tiles, bias)
+
+    def _whole(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The product, in one piece on each rank."""
+        out = None
+        if self.tp.size > 1:
+            out = self.tp.partial_buffer(self.slot, len(x), self.out_features, x.dtype)
         if out is None:
-            return F.linear(x, self.weight, bias)
+            return self.product(x, bias)
+        if self.quantized is not None:
+            return self.quantized.linear(x, bias, out)
         weight = self.weight.t()
         return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams, UserError
 from nanovllm.models.quantization import WeightScheme, read_quantization
-from nanovllm.utils.dequantize import AWQ_ORDER, dequantize
+from nanovllm.utils.dequantize import AWQ_ORDER, read_numbers
 from tests.models import TWO_RANKS, make_model
 
 GOLDEN = Path(__file__).parent.parent / "data" / "quantized_weights.safetensors"
@@ -45,7 +45,9 @@ def test_weights_are_read_as_the_library_that_wrote_them_reads_them(case: str) -
     shapes = scheme.shapes(*expected.shape)
     assert {name: tuple(tensors[name].shape) for name in shapes} == shapes
     assert tensors.keys() - shapes.keys() <= {*scheme.names}
-    torch.testing.assert_close(dequantize(scheme, tensors, expected.shape[1]), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        read_numbers(scheme, tensors, expected.shape[1]).dequantize(), expected, rtol=1e-6, atol=1e-7
+    )
 
 
 # Writers of the other layouts: of a weight [N, K], the tensors to store and what they mean.
