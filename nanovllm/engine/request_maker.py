@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sized[int]
 
-# Threads that fill masks: a quarter of the host's, as others tokenize, and no more than pay for 256 rows.
+# Threads that fill masks: half of the host's, as others tokenize, and no more than pay for 256 rows.
 MOST_MASK_THREADS = 16
 
 
@@ -77,7 +77,7 @@ class RequestMaker:
         """
         with self._lock:
             if self._grammars is None:
-                threads = max(1, min(MOST_MASK_THREADS, (os.cpu_count() or 1) // 4))
+                threads = max(1, min(MOST_MASK_THREADS, (os.cpu_count() or 1) // 2))
                 tokenizer = self._with_tokenizer("structured_outputs")
                 self._grammars = GrammarCompiler(tokenizer, self._vocab_size, self._eos_token_ids, threads)
             return self._grammars
