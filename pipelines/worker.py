@@ -308,7 +308,8 @@ class ShardWorker:
         """Generate for the rows at some positions of a shard."""
         shard = active.shard
         seeds = [row_seed(self._config.run.seed, shard.file, shard.first_row + row, 0) for row in rows]
-        every = self._requests.rows(table.select(self._requests.columns))  # Arrow's `take` knows no string views
+        read = table.select(self._requests.columns)
+        every = await self._off_loop(self._requests.rows, read)  # Arrow's `take` knows no string views
         try:
             await self._rows.run(
                 self._requests,
