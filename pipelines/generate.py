@@ -280,7 +280,7 @@ def run_job(job: Job, output: OutputDirectory, engine: Callable[..., Engine] | N
         LeaseLost: another start took over, since this one was suspended or cut off.
         Stopped: SIGTERM or Ctrl-C; workers have flushed their journals.
     """
-    if _ray_address() == "local" and _pending(job, output):
+    if _ray_address() == "local" and Work(job.stage, job.shards, output).left():
         # The cluster is this machine: what it lacks is refused before a file is written.
         _place(job.config, [local_gpus()])
     run = job.config.run
@@ -303,11 +303,6 @@ def _look_again(job: Job, output: OutputDirectory) -> Job:
     if (owner and owner.token) == (job.owner and job.owner.token):
         return job
     return check(job.config, output)
-
-
-def _pending(job: Job, output: OutputDirectory) -> list[Shard]:
-    committed = output.committed() if job.owner is not None else set()
-    return [shard for shard in job.shards if shard.index not in committed]
 
 
 def _run_alone(
