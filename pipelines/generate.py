@@ -497,6 +497,8 @@ class Run:
         printer = threading.Thread(target=self._print_progress, args=(board, finished), daemon=True)
         printer.start()
         self._history.begin()
+        if self._routing is not None and (routed := self._routing.report()):
+            self._history.note("routing", routed["why"])
         threading.Thread(target=self._history.write_regularly, args=(finished,), name="history", daemon=True).start()
         stop.before = lambda: self._flush_workers(board)
         shards = {shard.index: shard for shard in pending}

@@ -72,6 +72,8 @@ RUNS = 16  # at least, where there are as many shards, so that a small dataset i
 MOST_MARKS = 1024  # of a run
 SHARDS_EACH = 4  # of a range, at least
 
+LOOK_S = 1.0  # most seconds between looks at the tasks that run
+
 SAMPLE_STRETCHES = 64
 SAMPLE_ROWS = 4096
 SAMPLE_BYTES = 32 << 20
@@ -212,14 +214,11 @@ class Routing:
         runs, parts = (list(_groups([shard.rows for shard in some], most)) for some in (work.shards, self._shards))
         context = self._context(rows / len(runs), len(parts))
         say(f"routing  {len(work.shards):,} shards are done; their rows go back into the order of the input")
-        tasks = ((context, number, [work.shards[i].index for i in group]) for number, group in enumerate(runs))
-        _each(make_result_run, tasks, check)
-        left = (group for group in parts if any(self._shards[i].index not in committed for i in group))
-        _each(
-            make_parts,
-            ((context, [self._shards[i] for i in g], self._starts[g.start : g.stop + 1], len(runs)) for g in left),
-            check,
-        )
+        some = [(context, number, [work.shards[i].index for i in group]) for number, group in enumerate(runs)]
+        _each(make_result_run, some, check, self._teller(say, "runs of results sorted"))
+        left = [group for group in parts if any(self._shards[i].index not in committed for i in group)]
+        groups = [(context, [self._shards[i] for i in g], self._starts[g.start : g.stop + 1], len(runs)) for g in left]
+        _each(make_parts, groups, check, self._teller(say, "groups of output files written"))
         self.seconds["merge"] = round(time.monotonic() - began, 2)
 
     def _decision(self) -> Decision | None:
@@ -303,15 +302,13 @@ class Routing:
         groups = list(_groups([shard.rows for shard in self._shards], rows / max(pieces, RUNS)))
         ranges = max(pieces, min(RUNS, len(self._shards) // SHARDS_EACH))
         context = self._context(rows / len(groups), ranges)
-        tasks = (
-            (context, number, [(self._shards[i], self._starts[i]) for i in group])
-            for number, group in enumerate(groups)
-        )
-        _each(make_run, tasks, check)
+        some = [(context, n, [(self._shards[i], self._starts[i]) for i in group]) for n, group in enumerate(groups)]
+        _each(make_run, some, check, self._teller(say, "runs of the input sorted"))
         runs = [self._area.run(number) for number in range(len(groups))]
         cuts = splitters([read_marks(run) for run in runs], ranges)
         bounds = zip([None, *cuts], [*cuts, None], strict=True)
-        _each(make_rows, ((context, n, low, high, len(runs)) for n, (low, high) in enumerate(bounds)), check)
+        ordered = [(context, n, low, high, len(runs)) for n, (low, high) in enumerate(bounds)]
+        _each(make_rows, ordered, check, self._teller(say, "files of rows in their new order written"))
         files = [
             InputFile(entry.base_name, entry.size or 0, 0)  # an output may be moved, and gets other time stamps
             for entry in children(self._area.rows)
@@ -335,6 +332,18 @@ class Routing:
             math.ceil(run_rows / min(MOST_MARKS, 2 * ranges)),
             max(1, max(shard.rows for shard in self._shards) // 4),
         )
+
+    def _teller(self, say: Callable[[str], None], what: str) -> Callable[[int, int], None]:
+        """Says from time to time how far a pass is."""
+        due = time.monotonic() + self._config.run.progress_s
+
+        def tell(done: int, of: int) -> None:
+            nonlocal due
+            if time.monotonic() >= due:
+                due = time.monotonic() + self._config.run.progress_s
+                say(f"routing  {done:,} of {of:,} {what}")
+
+        return tell
 
     def _pieces(self, row_bytes: float) -> int:
         """How many runs, and ranges, rows of this size are sorted in."""
@@ -589,28 +598,33 @@ def _groups(rows: Sequence[int], most: float) -> Iterator[range]:
     yield range(start, len(rows))
 
 
-def _each(task: Callable[..., None], arguments: Iterable[tuple[Any, ...]], check: Callable[[], None]) -> None:
-    """Run tasks on all nodes, as many at a time as there are cores. They reserve none, which engines of other jobs may hold."""
+def _each(
+    task: Callable[..., None],
+    arguments: Sequence[tuple[Any, ...]],
+    check: Callable[[], None],
+    tell: Callable[[int, int], None],
+) -> None:
+    """Run tasks on all nodes, as many at a time as there are cores. They reserve none, which engines of other jobs may hold.
+
+    Args:
+        task: called with each of `arguments`.
+        check: called all the while; raises where nothing more may be written.
+        tell: called with how many are done, and of how many.
+    """
     import ray
 
     remote = ray.remote(task).options(num_cpus=0, scheduling_strategy="SPREAD", name=task.__name__)
     running: list[ray.ObjectRef[None]] = []
-    width = _cores()
-    for given in arguments:
-        while len(running) >= width:
-            running = _wait(running)
+    begun = 0
+    while running or begun < len(arguments):
         check()
-        running.append(remote.remote(*given))
-    while running:
-        running = _wait(running)
-
-
-def _wait(running: list[Any]) -> list[Any]:
-    import ray
-
-    done, left = ray.wait(running)
-    ray.get(done)
-    return list(left)
+        width = _cores()  # nodes come and go
+        while len(running) < width and begun < len(arguments):
+            running.append(remote.remote(*arguments[begun]))
+            begun += 1
+        done, running = ray.wait(running, timeout=LOOK_S)
+        ray.get(done)
+        tell(begun - len(running), len(arguments))
 
 
 def _cores() -> int:

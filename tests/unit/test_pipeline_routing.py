@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
@@ -145,7 +145,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pq.write_table(table.slice(0, 50), tmp_path / "in" / "a.parquet", row_group_size=20)
     pq.write_table(table.slice(50), tmp_path / "in" / "b.parquet")
 
-    def each(task: Callable[..., None], arguments: Iterator[tuple[Any, ...]], check: Callable[[], None]) -> None:
+    def each(task: Callable[..., None], arguments: Iterable[tuple[Any, ...]], check: object, tell: object) -> None:
         for given in arguments:
             task(*given)
 
