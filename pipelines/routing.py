@@ -19,6 +19,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -75,6 +76,8 @@ SHARDS_EACH = 4  # of a range, at least
 LOOK_S = 1.0  # most seconds between looks at the tasks that run
 
 SAMPLE_STRETCHES = 64
+FEW_STRETCHES = 8  # where only the size of rows is to be known
+SAMPLE_THREADS = 8
 SAMPLE_ROWS = 4096
 SAMPLE_BYTES = 32 << 20
 
@@ -227,7 +230,7 @@ class Routing:
 
     def _decide(self, engines: Engines, ready: Callable[[], tuple[Requests, PreTrainedTokenizerBase]]) -> Decision:
         config = self._config
-        stretches = self.sample()
+        stretches = self.sample(SAMPLE_STRETCHES if config.run.prefix_sort == "auto" else FEW_STRETCHES)
         row_bytes = sum(table.nbytes for table in stretches) / max(1, sum(table.num_rows for table in stretches))
         if config.run.group_by is not None:
             return Decision(True, f"rows with equal {config.run.group_by!r} are brought together", row_bytes)
@@ -241,20 +244,23 @@ class Routing:
         why = f"{describe(sharing)}: saves engines about {saves:,.1f} s, costs about {costs:,.1f} s; {verdict}"
         return Decision(saves > costs, why, row_bytes, figures)
 
-    def sample(self) -> list[pa.Table]:
+    def sample(self, stretches: int = SAMPLE_STRETCHES) -> list[pa.Table]:
         """Stretches of rows from all over the input, with the columns that are sorted. What cannot be read is left out: it is told later."""
         schema = _read_columns(self._config, self._stage)
-        count = min(SAMPLE_STRETCHES, len(self._shards))
-        rows, found = SAMPLE_ROWS // count, []
-        for number in range(count):
-            shard = self._shards[number * len(self._shards) // count]
+        count = min(stretches, len(self._shards))
+        shards = [self._shards[number * len(self._shards) // count] for number in range(count)]
+
+        def head(shard: Shard, rows: int) -> pa.Table:
             try:
-                found.append(read_head(self._stage, shard, rows, schema))
+                return read_head(self._stage, shard, rows, schema)
             except (OSError, pa.ArrowException):
-                continue
-            heavy = found[0].nbytes / max(1, found[0].num_rows)
-            rows = max(1, min(rows, int(SAMPLE_BYTES / (heavy * count + 1))))
-        return found
+                return schema.empty_table()
+
+        few = head(shards[0], 16)
+        rows = int(SAMPLE_BYTES / (count * few.nbytes / max(1, few.num_rows) + 1))
+        rows = max(1, min(rows, SAMPLE_ROWS // count))
+        with ThreadPoolExecutor(SAMPLE_THREADS) as pool:
+            return list(pool.map(lambda shard: head(shard, rows), shards))
 
     def sharing(
         self, stretches: Sequence[pa.Table], requests: Requests, tokenizer: PreTrainedTokenizerBase, engines: int

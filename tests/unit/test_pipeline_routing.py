@@ -240,6 +240,38 @@ def test_what_is_decided_stays_decided(root: Path) -> None:
     assert not found.needs_merge
 
 
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+@pytest.mark.parametrize("flops", [1e5, 1e15])
+def test_a_sample_decides(root: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, flops: float) -> None:
+    """A slow engine saves more than the passes cost, a fast one does not."""
+    monkeypatch.setattr(pipelines.routing, "_cores", lambda: 2)
+    monkeypatch.setattr(pipelines.routing, "CORE_FLOPS", flops)
+    engine = {"kvcache_block_size": 16, "num_kvcache_blocks": 40}
+    job = Little(root, "routed", model=str(model_dir), engine=engine, run={"prefix_sort": "auto"})
+    routing = Routing(job.config, job.stage, job.shards, job.output)
+    job.output.create({}, job.dataset.format, job.schema, job.shards)
+    said: list[str] = []
+    ready = (Requests(job.config, job.schema), Bytes())
+    work = routing.work((1, 0.0), lambda: ready, said.append, lambda: None)  # type: ignore[arg-type,return-value]
+    decision = routing.report()
+    assert decision is not None
+    assert decision["routed"] == work.stage.routed == (flops == 1e5)
+    figures = decision["figures"]
+    assert figures["tokens"] == pytest.approx(ROWS * 209, rel=0.05)
+    assert figures["together"] < 0.25 * figures["tokens"] < 0.6 * figures["tokens"] < figures["as_it_is"]
+    assert (figures["saves_s"] > figures["costs_s"]) == decision["routed"]
+    assert ("rows are brought together" if decision["routed"] else "rows stay as they are") in said[0]
+    again = Routing(job.config, job.stage, job.shards, job.output).found()
+    assert again is not None
+    assert again.shards == work.shards
+
+
 def test_runs_and_ranges_hold_all_rows_in_order(tmp_path: Path) -> None:
     rng = random.Random(3)
     root = resolve(str(tmp_path))
