@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import pyarrow as pa
 
@@ -108,21 +108,31 @@ class Prompts:
                 template_variables=self._config.chat_template_kwargs,
             )
 
+    def source(self, row: Mapping[str, object]) -> str | list[int] | list[Message]:
+        """What the prompt of a row is made of: text, token ids, or a conversation.
+
+        Raises:
+            RowError: a value is null, empty or of another kind, or the row's template refuses it.
+        """
+        if self._config.messages is not None:
+            return read_messages(row[self._column])
+        value = self._template.render(row) if self._template else row[self._column]
+        return check_prompt_value(value)
+
     def render(self, row: Mapping[str, object]) -> Prompt:
         """The prompt of a row: text for the tokenizer, or token ids.
 
         Raises:
-            RowError: a value is null, empty or of another kind, or a template refuses it.
+            RowError: as `source`, or the chat template refuses it.
         """
+        source = self.source(row)
         if self._config.messages is not None:
-            return self._through_chat(read_messages(row[self._column]))
-        value = self._template.render(row) if self._template else row[self._column]
-        prompt = check_prompt_value(value)
+            return self._through_chat(cast("list[Message]", source))
         if not self._config.chat:
-            return prompt
-        if not isinstance(prompt, str):
+            return cast("str | list[int]", source)
+        if not isinstance(source, str):
             raise RowError("prompt is a list, not a string")
-        return self._through_chat([{"role": "user", "content": prompt}])
+        return self._through_chat([{"role": "user", "content": source}])
 
     def _through_chat(self, messages: list[Message]) -> Rendered | list[int]:
         assert self._chat is not None  # `attach` has made it

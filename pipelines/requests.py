@@ -198,6 +198,19 @@ class Requests:
         values = [value.tolist() if isinstance(value, array) else value for value in values]
         return str(values[0]) if len(values) == 1 else repr(values)
 
+    def beginning(self, row: Row) -> str:
+        """What a row's prompt is made of, in the prompt's order: prompts begin alike as far as these texts do. Needs no `attach`.
+
+        Raises:
+            RowError: the row has no usable prompt.
+        """
+        source = (self._batch or self._prompts).source(row)
+        if isinstance(source, str):
+            return source
+        return " ".join(
+            f"{item['role']} {item['content']}" if isinstance(item, Mapping) else str(item) for item in source
+        )
+
     def request(self, row: Row, seed: int) -> Request:
         """What to ask the engine for a row.
 

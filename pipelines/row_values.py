@@ -56,6 +56,15 @@ def _value(scalar: pa.Scalar) -> object:
         return bytes(error.object)
 
 
+def take(column: pa.ChunkedArray, rows: np.ndarray) -> pa.ChunkedArray:
+    """The values of a column at these rows."""
+    try:
+        return column.take(pa.array(rows))
+    except pa.ArrowNotImplementedError:  # of views of strings, also inside of other types
+        values = column.to_pylist()
+        return pa.chunked_array([pa.array([values[row] for row in rows], column.type)])
+
+
 def plain(value: Any) -> Any:
     """`value` without numpy: lists, dicts and Python's numbers."""
     if isinstance(value, np.ndarray):
