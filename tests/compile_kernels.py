@@ -13,6 +13,7 @@ from nanovllm.kernels import (
     activation,
     all_reduce,
     fused_moe,
+    grouping,
     layernorm,
     lora,
     packed_linear,
@@ -84,22 +85,35 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     gate = {"GELU": True, "BLOCK": 1024, "PDL": True}
     found.append(("gelu", activation._gate_kernel, {"x_ptr": BF16, "out_ptr": BF16}, gate))
     route = {"logits_ptr": BF16, "ids_ptr": I32, "weights_ptr": F32}
-    shape = {"TOP_K": 8, "NORMALIZE": True, "BLOCK_E": 128, "BLOCK_K": 8}
+    shape = {"TOP_K": 8, "NORMALIZE": True, "BLOCK_E": 128, "BLOCK_K": 8, "PDL": True}
     found.append(("route", fused_moe._route_kernel, route, shape))
-    sort = {"NUM_EXPERTS": 128, "BLOCK_M": 64, "BLOCK_E": 256, "BLOCK": fused_moe.SORT_BLOCK}
-    found.append(("sort", fused_moe._sort_kernel, {"ids": I32, "order": I32, "plan": I32}, sort))
-    for pairs, even, gated in ((8, True, True), (99999, False, True), (99999, True, False)):
-        tiles = fused_moe.moe_tiles(pairs, 128)
-        shape = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "STAGES": tiles.stages}
-        shape |= {"GATED": gated, "TOP_K": 8, "EVEN_N": even, "EVEN_K": even, "PRECISION": "tf32"}
-        kind = f"grouped {tiles.block_m}, even {even}, gated {gated}"
+    grouping_types = {"ids": I32, "counts": I32, "ranks": I32, "order": I32, "plan": I32}
+    shape = {"NUM_GROUPS": 128, "BLOCK_M": 64, "BLOCK_G": 128, "BLOCK": grouping.BLOCK, "PDL": True}
+    found.append(("count", grouping._count_kernel, grouping_types, shape))
+    found.append(("place", grouping._place_kernel, grouping_types, shape))
+    for pairs, even, gated in ((8, True, True), (8, True, False), (99999, False, True), (99999, True, False)):
+        block_m, *products = fused_moe.moe_tiles(pairs, 128)
+        tiles = products[not gated]
+        shape = {"BLOCK_M": block_m, "TAIL_M": min(block_m, fused_moe.TAIL_M), "BLOCK_N": tiles.block_n}
+        shape |= {"BLOCK_K": tiles.block_k, "STAGES": tiles.stages, "GATED": gated, "GROUPED": pairs > 8, "TOP_K": 8}
+        shape |= {"EVEN_N": even, "EVEN_K": even, "PREFETCH": 8, "PRECISION": "tf32", "PDL": True}
+        kind = f"grouped {block_m}, even {even}, gated {gated}"
         found.append((kind, fused_moe._grouped_linear_kernel, GROUPED, shape | {"num_warps": tiles.warps}))
-    shrink = {"x_ptr": BF16, "a_ptr": BF16, "low_ptr": F32, "adapters": I32}
-    found.append(("shrink", lora._shrink_kernel, shrink, {"TOKENS": 16, "RANK": 16, "COLUMNS": 128}))
-    expand = {"low_ptr": F32, "b_ptr": BF16, "out_ptr": BF16, "adapters": I32}
-    found.append(("expand", lora._expand_kernel, expand, {"SPLITS": 2, "TOKENS": 16, "RANK": 16, "COLUMNS": 128}))
+    low_rank = {
+        "x_ptr": BF16,
+        "a_ptr": BF16,
+        "low_ptr": F32,
+        "b_ptr": BF16,
+        "order": I32,
+        "plan": I32,
+        "column_tiles": I32,
+    }
+    for block_m, out in ((16, BF16), (64, F32)):
+        shape = {"BLOCK_M": block_m, "RANK": 16, "BLOCK_K": lora.BLOCK_K, "SPLITS": 2, "COLUMNS": 128, "PDL": True}
+        found.append((f"shrink {block_m}", lora._shrink_kernel, low_rank, shape))
+        found.append((f"expand {block_m} {out}", lora._expand_kernel, low_rank | {"out_ptr": out}, shape))
     summed = {"outer_ptr": BF16, "ids_ptr": I32, "weights_ptr": F32, "out_ptr": BF16}
-    found.append(("weighted sum", fused_moe._weighted_sum_kernel, summed, {"TOP_K": 8, "BLOCK": 1024}))
+    found.append(("weighted sum", fused_moe._weighted_sum_kernel, summed, {"TOP_K": 8, "BLOCK": 1024, "PDL": True}))
     return [*found, *quantized_forms()]
 
 

@@ -181,7 +181,7 @@ class ModelRunner:
         if config.lora_adapters:
             with torch.device("meta"):
                 whole = model_class(model_config, TensorParallel(), TorchBackend(1, 1, 1), max_position=1)
-            self.adapter_tokens = AdapterTokens()
+            self.adapter_tokens = AdapterTokens(len(config.lora_adapters))
             load_adapters(self.model, read_adapters(config.lora_adapters, whole), tp, self.adapter_tokens)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         blocks = -(-max_model_len // config.kvcache_block_size)
@@ -377,7 +377,7 @@ class ModelRunner:
     def _adapt(self, slots: torch.Tensor) -> None:
         """Tell the layers which adapter each token has, from the state slots [T] of their sequences."""
         if self.adapter_tokens is not None:
-            self.adapter_tokens.index = self.state.adapters[slots] if self.adapted else None
+            self.adapter_tokens.assign(self.state.adapters[slots] if self.adapted else None)
 
     def _mixed(self, step: ModelInput, graphs: ChunkGraphs | None) -> Forward:
         """A step with prefill chunks, after its decodes if it has any."""

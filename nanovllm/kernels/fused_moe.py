@@ -1,9 +1,9 @@
-"""A mixture of experts in five launches: route, sort by expert, two grouped products, weighted sum. Called by `layers.moe`.
+"""A mixture of experts: route, group by expert, two grouped products, weighted sum. Called by `layers.moe`.
 
 Every launch has a size that follows from the number of tokens alone, and nothing travels to the host, so a CUDA graph can hold
-them. The pairs of a token and one of its experts are sorted by expert on the device; a tile of a grouped product is some pairs
-of one expert, so each weight is read once as long as an expert's pairs fit into a tile (grouped GEMM, as in MegaBlocks, Gale et
-al. 2022). Shapes: T tokens, H hidden size, E experts of this rank, K experts a token, I their size on this rank.
+them. The pairs of a token and one of its experts are brought together by expert (`kernels.grouping`); a tile of a grouped product is
+some pairs of one expert, so each weight is read once as long as an expert's pairs fit into a tile. Where there are few pairs, each is
+a tile. Shapes: T tokens, H hidden size, E experts of this rank, K experts a token, I their size on this rank.
 """
 
 from __future__ import annotations
@@ -14,37 +14,47 @@ import torch
 from torch.nn import functional as F
 
 from nanovllm.kernels.activation import silu_and_mul_torch
-from nanovllm.kernels.triton_compat import tl, triton
+from nanovllm.kernels.grouping import group_rows
+from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
-# Pairs that a program of the sort reads at a time.
-SORT_BLOCK = 1024
+# The last tile of an expert with no more pairs is computed as one of so many.
+TAIL_M = 64
+# Bytes of each row of the second product's weight that are asked for while the first one ends.
+PREFETCH_BYTES = 1024
 
 
-class MoeTiles(NamedTuple):
-    """How the grouped products are cut: [block_m, block_n] of the output from block_k at a time."""
+class ProductTiles(NamedTuple):
+    """How a grouped product is cut: block_n columns of the output (gated: of gate and of up) from block_k at a time."""
 
-    block_m: int
     block_n: int
     block_k: int
     stages: int
     warps: int
 
 
+class MoeTiles(NamedTuple):
+    """Pairs of a tile, and the two products' columns."""
+
+    block_m: int
+    gate_up: ProductTiles
+    down: ProductTiles
+
+
 def moe_tiles(pairs: int, num_experts: int) -> MoeTiles:
     """Tiles for `pairs` pairs over `num_experts` experts: the smallest that most experts' pairs fit into."""
     each = pairs / num_experts
     if each <= 16:
-        return MoeTiles(16, 64, 128, 4, 4)
+        return MoeTiles(16, ProductTiles(64, 128, 4, 4), ProductTiles(64, 128, 4, 4))
     if each <= 32:
-        return MoeTiles(32, 64, 128, 4, 4)
+        return MoeTiles(32, ProductTiles(64, 128, 4, 4), ProductTiles(64, 128, 4, 4))
     if each <= 64:
-        return MoeTiles(64, 64, 64, 4, 4)
-    return MoeTiles(128, 128, 64, 3, 8)
+        return MoeTiles(64, ProductTiles(64, 64, 4, 4), ProductTiles(64, 64, 4, 4))
+    return MoeTiles(128, ProductTiles(128, 64, 3, 8), ProductTiles(128, 64, 3, 8))
 
 
-def most_tiles(pairs: int, num_experts: int, block_m: int) -> int:
-    """Most tiles of `block_m` pairs of one expert each."""
-    return pairs // block_m + min(pairs, num_experts)
+def groups_pairs(pairs: int, top_k: int, num_experts: int) -> bool:
+    """Whether so many pairs are worth grouping: a token's experts differ, and few tokens seldom share one."""
+    return pairs > max(top_k, num_experts // 8)
 
 
 def route_torch(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,6 +74,7 @@ def route(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tens
     assert logits.stride(1) == 1
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
+    pdl = use_pdl(logits)
     _route_kernel[(tokens,)](
         logits,
         ids,
@@ -74,6 +85,8 @@ def route(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tens
         NORMALIZE=normalize,
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_K=triton.next_power_of_2(top_k),
+        PDL=pdl,
+        launch_pdl=pdl,
         num_warps=1,
     )
     return ids, weights
@@ -90,7 +103,11 @@ def _route_kernel(
     NORMALIZE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_E)
     inside = expert < experts
@@ -156,154 +173,170 @@ def fused_experts(
     pairs = tokens * top_k
     assert x.stride(1) == 1 and gate_up.is_contiguous() and down.is_contiguous() and ids.is_contiguous()
     tiles = tiles or moe_tiles(pairs, experts)
-    order, plan = sort_by_expert(ids, experts, first_expert, tiles.block_m)
+    order, plan = ids, None
+    if groups_pairs(pairs, top_k, experts):
+        order, plan = group_rows(ids, experts, first_expert, tiles.block_m)
     inner = torch.empty(pairs, size, dtype=x.dtype, device=x.device)
     outer = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
     out = torch.empty_like(x) if out is None else out
-    _grouped_linear(x, gate_up, inner, order, plan, tiles, top_k, gated=True)
-    _grouped_linear(inner, down, outer, order, plan, tiles, top_k, gated=False)
+    grouped_linear(x, gate_up, inner, order, plan, first_expert, top_k, tiles.block_m, tiles.gate_up, gated=True)
+    grouped_linear(inner, down, outer, order, plan, first_expert, top_k, tiles.block_m, tiles.down, gated=False)
+    pdl = use_pdl(x)
     _weighted_sum_kernel[(tokens, triton.cdiv(hidden, 1024))](
-        outer, ids, weights, out, hidden, out.stride(0), first_expert, experts, TOP_K=top_k, BLOCK=1024, num_warps=4
+        outer,
+        ids,
+        weights,
+        out,
+        hidden,
+        out.stride(0),
+        first_expert,
+        experts,
+        TOP_K=top_k,
+        BLOCK=1024,
+        PDL=pdl,
+        launch_pdl=pdl,
+        num_warps=4,
     )
     return out
 
 
-def sort_by_expert(
-    ids: torch.Tensor, num_experts: int, first_expert: int, block_m: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs in the order of their experts, and the tiles they make.
-
-    Args:
-        ids: [T, K] int32; those outside `first_expert` to `first_expert + num_experts` are left out.
-
-    Returns:
-        order: [T * K] int32 pairs (token * K + place), as many as are not left out; what follows is not written.
-        plan: [most_tiles, 4] int32: expert (counted from the first, -1 for no tile), first place in `order` and end; the last is
-            not used.
-    """
-    pairs = ids.numel()
-    count = most_tiles(pairs, num_experts, block_m)
-    order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
-    plan = torch.empty(count, 4, dtype=torch.int32, device=ids.device)
-    # A program an expert, and one for the tiles that are none: each counts for itself, so none waits for another.
-    _sort_kernel[(num_experts + 1,)](
-        ids,
-        order,
-        plan,
-        pairs,
-        first_expert,
-        count,
-        NUM_EXPERTS=num_experts,
-        BLOCK_M=block_m,
-        BLOCK_E=triton.next_power_of_2(num_experts + 1),
-        BLOCK=SORT_BLOCK,
-        num_warps=4,
-    )
-    return order, plan
-
-
-@triton.jit(do_not_specialize=["pairs", "first_expert", "count"])
-def _sort_kernel(
-    ids,
-    order,
-    plan,
-    pairs,
-    first_expert,
-    count,
-    NUM_EXPERTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    mine = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    counts = tl.zeros((BLOCK_E,), tl.int32)
-    for base in range(0, pairs, BLOCK):
-        expert = _local_expert(ids, base + lane, pairs, first_expert, NUM_EXPERTS)
-        counts += tl.histogram(expert, BLOCK_E)
-    index = tl.arange(0, BLOCK_E)
-    tiles = (counts + BLOCK_M - 1) // BLOCK_M
-    first = tl.sum(tl.where(index < mine, counts, 0), axis=0)
-    first_tile = tl.sum(tl.where(index < mine, tiles, 0), axis=0)
-    if mine == NUM_EXPERTS:
-        for base in range(0, count - first_tile, BLOCK):
-            tile = first_tile + base + lane
-            tl.store(plan + tile * 4, tl.full((BLOCK,), -1, tl.int32), mask=tile < count)
-    else:
-        end = first + tl.sum(tl.where(index == mine, counts, 0), axis=0)
-        for base in range(0, tl.sum(tl.where(index == mine, tiles, 0), axis=0), BLOCK):
-            start = first + (base + lane) * BLOCK_M
-            at = plan + (first_tile + base + lane) * 4
-            tl.store(at, tl.zeros((BLOCK,), tl.int32) + mine, mask=start < end)
-            tl.store(at + 1, start, mask=start < end)
-            tl.store(at + 2, tl.minimum(start + BLOCK_M, end), mask=start < end)
-        done = first
-        for base in range(0, pairs, BLOCK):
-            here = _local_expert(ids, base + lane, pairs, first_expert, NUM_EXPERTS) == mine
-            place = done + tl.cumsum(here.to(tl.int32), axis=0) - 1
-            tl.store(order + place, base + lane, mask=here)
-            done += tl.sum(here.to(tl.int32), axis=0)
-
-
-@triton.jit
-def _local_expert(ids, pair, pairs, first_expert, NUM_EXPERTS: tl.constexpr):
-    """The experts of `pair`, counted from this rank's first; `NUM_EXPERTS` for those of other ranks and past the end."""
-    expert = tl.load(ids + pair, mask=pair < pairs, other=-1)
-    local = expert - first_expert
-    return tl.where((expert >= 0) & (local >= 0) & (local < NUM_EXPERTS), local, NUM_EXPERTS)
-
-
-def _grouped_linear(
+def grouped_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     out: torch.Tensor,
     order: torch.Tensor,
-    plan: torch.Tensor,
-    tiles: MoeTiles,
+    plan: torch.Tensor | None,
+    first_expert: int,
     top_k: int,
+    block_m: int,
+    tiles: ProductTiles,
     *,
     gated: bool,
 ) -> None:
     """A product for every pair with its expert's weight.
 
-    gated: `x` [T, H] a row a token, `out` [T * K, I] in the order of experts, silu(gate) * up; else: `x` in the order of
-    experts, `out` [T * K, H] in the order of pairs.
+    Args:
+        order, plan: of `group_rows`; without a plan `order` is the pairs' experts, and each pair is a tile.
+        gated: `x` [T, H] a row a token, `out` [T * K, I] in the order of tiles, silu(gate) * up; else: `x` in the order of
+            tiles, `out` [T * K, H] in the order of pairs. The second product follows the first at once.
     """
     n, k = out.shape[1], x.shape[1]
     block_k = min(tiles.block_k, max(16, triton.next_power_of_2(k)))
-    _grouped_linear_kernel[(triton.cdiv(n, tiles.block_n), len(plan))](
+    pdl = use_pdl(x)
+    _grouped_linear_kernel[(triton.cdiv(n, tiles.block_n), len(out) if plan is None else len(plan))](
         x,
         weight,
         out,
         order,
         plan,
+        first_expert,
+        len(weight),
         n,
         k,
         x.stride(0),
         GATED=gated,
+        GROUPED=plan is not None,
         TOP_K=top_k,
-        BLOCK_M=tiles.block_m,
+        BLOCK_M=block_m,
+        TAIL_M=min(block_m, TAIL_M),
         BLOCK_N=tiles.block_n,
         BLOCK_K=block_k,
         EVEN_N=n % tiles.block_n == 0,
         EVEN_K=k % block_k == 0,
         STAGES=tiles.stages,
+        PREFETCH=min(k * x.dtype.itemsize, PREFETCH_BYTES) // 128,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        PDL=pdl,
+        launch_pdl=pdl,
         num_warps=tiles.warps,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert", "num_experts"])
 def _grouped_linear_kernel(
     x_ptr,
     weight_ptr,
     out_ptr,
     order,
     plan,
+    first_expert,
+    num_experts,
     n_size,
     k_size,
     stride_x,
     GATED: tl.constexpr,
+    GROUPED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # An expert's tiles run one after the other, each with all its columns: its weight stays in the L2 cache, and so do the rows.
+    index = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_N
+    if PDL and GATED:
+        # What says which pairs are whose was made just before.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if GROUPED:
+        expert = tl.load(plan + index * 4)
+        first, end = tl.load(plan + index * 4 + 1), tl.load(plan + index * 4 + 2)
+    else:
+        expert = tl.load(order + index) - first_expert
+        expert = tl.where(expert < num_experts, expert, -1)
+        first, end = index, index + 1
+    weight_ptr += tl.maximum(expert, 0).to(tl.int64) * n_size * k_size * (2 if GATED else 1)
+    if PDL and not GATED:
+        # All but the rows is there while the product before ends.
+        lines = tl.arange(0, PREFETCH) * (128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
+        rows = tl.minimum(column + tl.arange(0, BLOCK_N), n_size - 1)
+        _prefetch(weight_ptr + rows.to(tl.int64)[:, None] * k_size + lines[None, :])
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if expert < 0:
+        return
+    if TAIL_M < BLOCK_M:  # noqa: SIM102 - one is known to the compiler, the other is not
+        if end - first <= TAIL_M:
+            _product_tile(
+                x_ptr, weight_ptr, out_ptr, order, first, end, column, n_size, k_size, stride_x,
+                GATED, GROUPED, TOP_K, TAIL_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, STAGES, PRECISION,
+            )  # fmt: skip
+            return
+    _product_tile(
+        x_ptr, weight_ptr, out_ptr, order, first, end, column, n_size, k_size, stride_x,
+        GATED, GROUPED, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, STAGES, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def _prefetch(pointers):
+    """Have the lines of memory at `pointers` brought to the L2 cache, and do not wait."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _product_tile(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    order,
+    first,
+    end,
+    column,
+    n_size,
+    k_size,
+    stride_x,
+    GATED: tl.constexpr,
+    GROUPED: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -313,26 +346,23 @@ def _grouped_linear_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # An expert's tiles run one after the other, each with all its columns: its weight stays in the L2 cache, and so do the rows.
-    tile = plan + tl.program_id(1) * 4
-    expert = tl.load(tile)
-    if expert < 0:
-        return
-    m = tl.load(tile + 1) + tl.arange(0, BLOCK_M)
-    inside = m < tl.load(tile + 2)
-    pair = tl.load(order + m, mask=inside, other=0)
+    """Columns from `column` on of the product of the rows at places `first` to `end` with an expert's weight."""
+    m = first + tl.arange(0, BLOCK_M)
+    inside = m < end
+    if GROUPED:
+        pair = tl.load(order + m, mask=inside, other=0)
+    else:
+        pair = m
     if GATED:
         x_row, out_row = pair // TOP_K, m
     else:
         x_row, out_row = m, pair
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     # Past the end the last row is read again, and not stored.
     n_row = n if EVEN_N else tl.minimum(n, n_size - 1)
-    rows: tl.constexpr = 2 if GATED else 1
-    first_row = expert.to(tl.int64) * n_size * rows
     x_tile = x_ptr + x_row.to(tl.int64)[:, None] * stride_x + k[None, :]
-    weight_tile = weight_ptr + (first_row + n_row)[None, :] * k_size + k[:, None]
+    weight_tile = weight_ptr + n_row.to(tl.int64)[None, :] * k_size + k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if GATED:
         up_tile = weight_tile + n_size.to(tl.int64) * k_size
@@ -377,7 +407,11 @@ def _weighted_sum_kernel(
     num_experts,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -101,12 +101,9 @@ class ColumnParallelLinear(ParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] -> [T, sum of this rank's rows]."""
-        if self.lora is not None and self.lora.active:
-            return self.lora.add(x, self.product(x, self.bias))
         tiles = None if self.quantized is not None else choose_tiles(x, self.weight)
-        if tiles is not None:
-            return skinny_linear(x, self.weight, tiles, self.bias)
-        return self.product(x, self.bias)
+        out = self.product(x, self.bias) if tiles is None else skinny_linear(x, self.weight, tiles, self.bias)
+        return self.lora.add(x, out) if self.lora is not None and self.lora.active else out
 
 
 class GatedColumnParallelLinear(ColumnParallelLinear):
@@ -184,9 +181,12 @@ class RowParallelLinear(ParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features / size] -> this rank's partial sums [T, out_features], or [S, T, out_features] in float32."""
-        bias = self.bias if self.tp.rank == 0 else None
-        if self.lora is not None and self.lora.active:
-            return self.lora.add(x, self._whole(x, bias))  # partial sums as well: it is linear
+        out = self._base(x, self.bias if self.tp.rank == 0 else None)
+        # To partial sums as well: it is linear.
+        return self.lora.add(x, out) if self.lora is not None and self.lora.active else out
+
+    def _base(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The product without adapters."""
         if self.tp.size > 1:
             return self._whole(x, bias)
         if self.quantized is not None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from nanovllm.kernels.lora import lora_add, lora_add_torch
+from nanovllm.kernels.lora import AdapterGroups, column_tiles, group_adapters, lora_add, lora_add_torch
 from nanovllm.kernels.triton_compat import use_triton
 
 
-@dataclass
 class AdapterTokens:
     """Whose adapter each token of the step has that is being computed. One for a model; its layers look here.
 
-    Attributes:
-        index: [T] int32, -1 for none; None where no token has any.
+    Args:
+        count: adapters.
     """
 
-    index: torch.Tensor | None = None
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.index: torch.Tensor | None = None
+        self.groups: AdapterGroups | None = None
+
+    def assign(self, index: torch.Tensor | None) -> None:
+        """The step's adapters [T] int32, -1 for none; None where no token has any."""
+        self.index = index
+        self.groups = group_adapters(index, self.count) if index is not None and use_triton(index) else None
 
 
 class LoraWeights:
@@ -32,6 +37,7 @@ class LoraWeights:
 
     def __init__(self, a: torch.Tensor, b: torch.Tensor, starts: list[int], tokens: AdapterTokens) -> None:
         self.a, self.b, self.starts, self.tokens = a, b, starts, tokens
+        self.columns = column_tiles(starts, a.device)
 
     @property
     def active(self) -> bool:
@@ -39,7 +45,14 @@ class LoraWeights:
         return self.tokens.index is not None
 
     def add(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Add to `out` [T, out_features], the layer's of `x` [T, in_features], what each token's adapter adds; returns it."""
-        assert self.tokens.index is not None
-        kernel = lora_add if use_triton(x) else lora_add_torch
-        return kernel(x, out, self.a, self.b, self.tokens.index, self.starts)
+        """Add to `out`, the layer's of `x` [T, in_features], what each token's adapter adds; returns it.
+
+        `out` is [T, out_features], or partial sums [S, T, out_features] in float32, of which the first are added to.
+        """
+        first = out if out.dim() == x.dim() else out[0]
+        if self.tokens.groups is not None:
+            lora_add(x, first, self.a, self.b, self.tokens.groups, self.columns)
+        else:
+            assert self.tokens.index is not None
+            lora_add_torch(x, first, self.a, self.b, self.tokens.index, self.starts)
+        return out

@@ -11,14 +11,14 @@ import torch
 from nanovllm.kernels import fused_moe
 from nanovllm.kernels.fused_moe import (
     MoeTiles,
+    ProductTiles,
     fused_experts,
     fused_experts_torch,
     moe_tiles,
-    most_tiles,
     route,
     route_torch,
-    sort_by_expert,
 )
+from nanovllm.kernels.grouping import group_rows, most_tiles
 from nanovllm.kernels.triton_compat import HAS_TRITON
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -69,7 +69,7 @@ def test_route(dtype: torch.dtype, normalize: bool, tokens: int, experts: int, t
         (20, 1, 6, 1, 0, 3, 16),
     ],
 )
-def test_pairs_are_sorted_by_expert(
+def test_pairs_are_grouped_by_expert(
     tokens: int,
     top_k: int,
     experts: int,
@@ -79,11 +79,13 @@ def test_pairs_are_sorted_by_expert(
     block_m: int,
 ) -> None:
     ids = some_ids(tokens, top_k, experts, tokens, favourites)
-    order, plan = sort_by_expert(ids, local, first, block_m)
+    order, plan = group_rows(ids, local, first, block_m)
     flat = ids.flatten().tolist()
     by_expert = [[pair for pair, expert in enumerate(flat) if expert == first + e] for e in range(local)]
-    expected = [pair for pairs in by_expert for pair in pairs]
-    assert order[: len(expected)].tolist() == expected
+    places = order[: sum(map(len, by_expert))].tolist()
+    for pairs in by_expert:
+        assert sorted(places[: len(pairs)]) == pairs
+        places = places[len(pairs) :]
     tiles, start = [], 0
     for expert, pairs in enumerate(by_expert):
         for at in range(0, len(pairs), block_m):
@@ -112,9 +114,36 @@ def test_there_are_always_enough_tiles() -> None:
     [
         (1, 64, 32, 8, 2, None, None),
         (5, 40, 20, 6, 3, None, None),  # nothing is a multiple of a tile
-        (33, 96, 100, 4, 2, 2, MoeTiles(16, 32, 32, 2, 4)),  # two experts without a pair, several tiles an expert
-        (70, 130, 17, 5, 1, None, MoeTiles(64, 64, 64, 2, 4)),
-        (24, 48, 64, 3, 3, None, MoeTiles(32, 16, 16, 2, 4)),
+        (
+            33,
+            96,
+            100,
+            4,
+            2,
+            2,
+            MoeTiles(16, ProductTiles(32, 32, 2, 4), ProductTiles(16, 64, 2, 4)),
+        ),  # two experts without a pair, several tiles an expert
+        (70, 130, 17, 5, 1, None, MoeTiles(64, ProductTiles(64, 64, 2, 4), ProductTiles(64, 64, 2, 4))),
+        (24, 48, 64, 3, 3, None, MoeTiles(32, ProductTiles(16, 16, 2, 4), ProductTiles(16, 16, 2, 4))),
+        (2, 64, 32, 32, 2, None, None),  # pairs that are not grouped
+        (
+            120,
+            32,
+            32,
+            2,
+            2,
+            None,
+            MoeTiles(128, ProductTiles(32, 32, 2, 4), ProductTiles(32, 32, 2, 4)),
+        ),  # a whole tile
+        (
+            90,
+            32,
+            32,
+            3,
+            1,
+            None,
+            MoeTiles(128, ProductTiles(32, 32, 2, 4), ProductTiles(32, 32, 2, 4)),
+        ),  # smaller last ones
         (0, 64, 32, 4, 2, None, None),
     ],
 )

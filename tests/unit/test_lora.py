@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams, UserError
-from nanovllm.kernels.lora import lora_add, lora_add_torch
+from nanovllm.kernels.lora import column_tiles, group_adapters, lora_add, lora_add_torch
 from nanovllm.kernels.triton_compat import HAS_TRITON
-from tests.models import make_model
+from tests.models import make_model, needs_two_ranks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPT = list(range(5, 45))
@@ -83,7 +83,11 @@ def generate(model: Path, adapters: list[str | None], **options: Any) -> list[di
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"tensor_parallel_size": 2}, {"max_num_seqs": 2, "max_num_batched_tokens": 16}],
+    [
+        {},
+        pytest.param({"tensor_parallel_size": 2}, marks=needs_two_ranks),
+        {"max_num_seqs": 2, "max_num_batched_tokens": 16},
+    ],
     ids=["one", "ranks", "chunks"],
 )
 def test_each_row_has_its_own_model(models: dict[str, Path], options: dict[str, Any]) -> None:
@@ -175,6 +179,6 @@ def test_the_kernel_equals_its_reference(tokens: int, features: int, starts: lis
     for adapters in (torch.randint(-1, count, (tokens,), generator=generator), torch.full((tokens,), -1)):
         index = adapters.int().to(DEVICE)
         expected = lora_add_torch(x, out.clone(), a, b, index, starts)
-        found = lora_add(x, out.clone(), a, b, index, starts)
+        found = lora_add(x, out.clone(), a, b, group_adapters(index, count), column_tiles(starts, index.device))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
         assert torch.equal(found[index < 0], out[index < 0])
