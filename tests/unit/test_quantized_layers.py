@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from nanovllm.kernels.scaled_linear import ScaledTiles, scaled_linear_torch, sca
 from nanovllm.kernels.triton_compat import HAS_TRITON
 from nanovllm.layers.backends.torch_backend import TorchBackend
 from nanovllm.layers.linear import ParallelLinear
+from nanovllm.layers.moe import FusedExperts
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.layers.quantized import Numbers, quantize
+from nanovllm.layers.quantized import Numbers, QuantizedWeight, quantize, some_columns
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.quantization import ONLINE_FP8, Quantization, WeightFormat, read_quantization
@@ -173,14 +175,18 @@ FORMATS: dict[str, tuple[Writer, dict[str, Any], WeightFormat]] = {
 }  # fmt: skip
 
 
-def unsharded(directory: Path, tp: TensorParallel | None = None) -> CausalLM:
+def plain_model(directory: Path, tp: TensorParallel | None = None, parallel: bool = False) -> CausalLM:
     config = ModelConfig.from_dir(directory, ARCHITECTURES)
+    if config.moe is not None:
+        config = replace(config, moe=config.moe._replace(parallel=parallel))
     return ARCHITECTURES[config.architecture].load()(config, tp or TensorParallel(), TorchBackend(1, 1, 1), 64)
 
 
-def kept(directory: Path, quantization: Quantization, tp: TensorParallel | None = None) -> CausalLM:
+def kept(
+    directory: Path, quantization: Quantization, tp: TensorParallel | None = None, parallel: bool = False
+) -> CausalLM:
     with torch.device("meta"):
-        model = unsharded(directory, tp)
+        model = plain_model(directory, tp, parallel)
         keep_quantized(model, quantization)
     materialize(model, DEVICE)
     return model.to(DEVICE)
@@ -197,9 +203,9 @@ def quantized_layers(model: CausalLM) -> dict[str, ParallelLinear]:
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_attention_heads": 8, "num_hidden_layers": 1}
 
 
-def store(path: Path, write: Writer, config: dict[str, Any]) -> Path:
+def store(path: Path, write: Writer, config: dict[str, Any], family: str = "qwen3") -> Path:
     """A tiny model in a format."""
-    make_model(path, **SIZES)
+    make_model(path, family, **SIZES, **({"moe_intermediate_size": 256} if family == "qwen3_moe" else {}))
     file = path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": config}))
     quantization = read_quantization({"quantization_config": config}, file)
@@ -225,7 +231,7 @@ def test_kept_weights_are_those_of_the_checkpoint(name: str, tmp_path: Path) -> 
     for size in (1, 2):
         for rank in range(size):
             plain, model = (
-                unsharded(tmp_path, TensorParallel(rank, size)),
+                plain_model(tmp_path, TensorParallel(rank, size)),
                 kept(tmp_path, quantization, TensorParallel(rank, size)),
             )
             for loaded in (plain, model):
@@ -245,6 +251,32 @@ def test_kept_weights_are_those_of_the_checkpoint(name: str, tmp_path: Path) -> 
                 assert (got - expected).norm() < (0.05 if form.activations else 1e-4) * expected.norm()
 
 
+@pytest.mark.parametrize("name", ["fp8 block", "int8 channel"])
+def test_kept_experts_are_those_of_the_checkpoint(name: str, tmp_path: Path) -> None:
+    """Experts whose features two ranks share, and whole ones."""
+    write, config, _ = FORMATS[name]
+    store(tmp_path, write, config, "qwen3_moe")
+    quantization = read_quantization({"quantization_config": config}, tmp_path)
+    assert quantization is not None
+    for tp in (TensorParallel(), TensorParallel(1, 2)):
+        for parallel in (False, True):
+            plain, model = plain_model(tmp_path, tp, parallel), kept(tmp_path, quantization, tp, parallel)
+            for loaded in (plain, model):
+                load_model(loaded, tmp_path, quantization)
+            experts, expected = (
+                next(m for m in one.modules() if isinstance(m, FusedExperts)) for one in (model, plain)
+            )
+            assert experts.quantized is not None
+            for own, weight in experts.quantized.items():
+                assert isinstance(weight, QuantizedWeight)
+                torch.testing.assert_close(weight.dequantize().cpu(), getattr(expected, own).flatten(0, 1))
+            hidden, ids = randn(5, 256), torch.tensor([[0, 1], [2, 3], [1, 3], [0, 2], [3, 0]], dtype=torch.int32)
+            weights = torch.ones(5, 2)
+            got = experts(hidden, ids.to(DEVICE), weights.to(DEVICE), None).cpu()
+            exact = expected(hidden.cpu(), ids, weights, None)
+            assert (got - exact).norm() < 0.08 * exact.norm()
+
+
 @pytest.mark.parametrize("write", [awq, gptq])
 def test_packed_layouts_become_one(write: Writer) -> None:
     """AWQ's and GPTQ's groups of 16 have no kernel; what is kept of them is the same with any."""
@@ -262,7 +294,7 @@ def test_packed_layouts_become_one(write: Writer) -> None:
 def test_fp8_is_made_of_plain_weights(tmp_path: Path) -> None:
     """What a GPU keeps and what a CPU widens again are the same weights; random ones too; other parameters stay."""
     make_model(tmp_path, **SIZES)
-    rounded, plain, model = unsharded(tmp_path), unsharded(tmp_path), kept(tmp_path, ONLINE_FP8)
+    rounded, plain, model = plain_model(tmp_path), plain_model(tmp_path), kept(tmp_path, ONLINE_FP8)
     for loaded, online in ((plain, None), (rounded, ONLINE_FP8), (model, ONLINE_FP8)):
         load_model(loaded, tmp_path, None, online)
     for layer, module in quantized_layers(model).items():
@@ -319,5 +351,6 @@ def test_quantize_leaves_numbers_where_they_are() -> None:
 
 def test_columns_of_grouped_numbers() -> None:
     whole = quantize(randn(32, 256), WeightFormat("int4", 64))
-    assert isinstance(whole, Numbers)
-    torch.testing.assert_close(whole.columns(128, 256).dequantize(), whole.dequantize()[:, 128:])
+    part = some_columns(whole, slice(128, 256))
+    assert isinstance(part, Numbers)
+    torch.testing.assert_close(part.dequantize(), whole.dequantize()[:, 128:])
