@@ -186,8 +186,8 @@ def fused_experts(
     weights: torch.Tensor,
     first_expert: int = 0,
     out: torch.Tensor | None = None,
-    scales: ExpertScales | None = None,
     tiles: MoeTiles | None = None,
+    scales: ExpertScales | None = None,
 ) -> torch.Tensor:
     """See `fused_experts_torch`."""
     (tokens, hidden), (experts, _, size), top_k = x.shape, down.shape, ids.shape[1]

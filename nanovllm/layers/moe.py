@@ -116,7 +116,7 @@ class FusedExperts(nn.Module):
         kept = self.quantized["gate_up"], self.quantized["down"]
         gate_up, down = (weight.numbers.unflatten(0, (self.num_experts, -1)) for weight in kept)
         scales = ExpertScales(*(weight.scale.unflatten(1, (self.num_experts, -1)) for weight in kept))
-        return run(hidden, gate_up, down, ids, weights, self.first, out, scales)
+        return run(hidden, gate_up, down, ids, weights, self.first, out, scales=scales)
 
 
 class SparseMoe(nn.Module):
