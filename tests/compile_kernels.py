@@ -98,7 +98,13 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         shape |= {"BLOCK_K": tiles.block_k, "STAGES": tiles.stages, "GATED": gated, "GROUPED": pairs > 8, "TOP_K": 8}
         shape |= {"EVEN_N": even, "EVEN_K": even, "PREFETCH": 8, "PRECISION": "tf32", "PDL": True}
         kind = f"grouped {block_m}, even {even}, gated {gated}"
-        found.append((kind, fused_moe._grouped_linear_kernel, GROUPED, shape | {"num_warps": tiles.warps}))
+        shape |= {"num_warps": tiles.warps}
+        plain = {"x_scale_ptr": None, "scale_ptr": None, "APART": False}
+        found.append((kind, fused_moe._grouped_linear_kernel, GROUPED, shape | plain))
+        for numbers, apart in ((FP8, even), (I8, not even)):
+            types = GROUPED | {"x_ptr": numbers, "weight_ptr": numbers, "x_scale_ptr": F32, "scale_ptr": F32}
+            scaled = shape | {"APART": apart, "BLOCK_K": 128, "EVEN_K": True}
+            found.append((f"{kind}, {numbers}, apart {apart}", fused_moe._grouped_linear_kernel, types, scaled))
     low_rank = {
         "x_ptr": BF16,
         "a_ptr": BF16,

@@ -15,12 +15,21 @@ from torch.nn import functional as F
 
 from nanovllm.kernels.activation import silu_and_mul_torch
 from nanovllm.kernels.grouping import group_rows
+from nanovllm.kernels.quantize import quantize_rows, quantize_rows_torch
+from nanovllm.kernels.scaled_linear import GROUP, scaled_linear_torch
 from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 # The last tile of an expert with no more pairs is computed as one of so many.
 TAIL_M = 64
 # Bytes of each row of the second product's weight that are asked for while the first one ends.
 PREFETCH_BYTES = 1024
+
+
+class ExpertScales(NamedTuple):
+    """Of weights that have 8 bits: [G, E, 2 * I] and [G, E, H] float32, G being 1 or a scale for each 128 columns."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
 
 
 class ProductTiles(NamedTuple):
@@ -136,6 +145,7 @@ def fused_experts_torch(
     weights: torch.Tensor,
     first_expert: int = 0,
     out: torch.Tensor | None = None,
+    scales: ExpertScales | None = None,
 ) -> torch.Tensor:
     """Each token's SwiGLU experts, weighted and added up in float32.
 
@@ -144,16 +154,26 @@ def fused_experts_torch(
         gate_up: [E, 2 * I, H], an expert's gate above its up projection; down: [E, H, I].
         first_expert: id of the first expert that is here; those that are not add nothing.
         out: [T, H], written; None: a fresh tensor.
+        scales: of weights in 8 bits, with which activations are made 8 bits too.
 
     Returns:
         `out`.
     """
+
+    def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        if scale is None:
+            return F.linear(x, weight)
+        numbers, x_scale = quantize_rows_torch(x, weight.dtype, _columns_of(scale))
+        return scaled_linear_torch(numbers, x_scale, weight, scale, x.dtype)
+
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     local = ids - first_expert
     for expert in range(len(gate_up)):
         token, place = torch.where(local == expert)
         if len(token):
-            y = F.linear(silu_and_mul_torch(F.linear(x[token], gate_up[expert])), down[expert])
+            first, second = (None, None) if scales is None else (scale[:, expert] for scale in scales)
+            inner = silu_and_mul_torch(product(x[token], gate_up[expert], first))
+            y = product(inner, down[expert], second)
             total.index_add_(0, token, y.float() * weights[token, place, None])
     return total.to(x.dtype) if out is None else out.copy_(total)
 
@@ -167,6 +187,7 @@ def fused_experts(
     first_expert: int = 0,
     out: torch.Tensor | None = None,
     tiles: MoeTiles | None = None,
+    scales: ExpertScales | None = None,
 ) -> torch.Tensor:
     """See `fused_experts_torch`."""
     (tokens, hidden), (experts, _, size), top_k = x.shape, down.shape, ids.shape[1]
@@ -179,8 +200,13 @@ def fused_experts(
     inner = torch.empty(pairs, size, dtype=x.dtype, device=x.device)
     outer = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
     out = torch.empty_like(x) if out is None else out
-    grouped_linear(x, gate_up, inner, order, plan, first_expert, top_k, tiles.block_m, tiles.gate_up, gated=True)
-    grouped_linear(inner, down, outer, order, plan, first_expert, top_k, tiles.block_m, tiles.down, gated=False)
+    for rows, weight, result, cut in ((x, gate_up, inner, tiles.gate_up), (inner, down, outer, tiles.down)):
+        gated, scaled = weight is gate_up, None
+        if scales is not None:
+            scale = scales.gate_up if gated else scales.down
+            rows, row_scale = quantize_rows(rows, weight.dtype, _columns_of(scale))
+            scaled = row_scale, scale
+        grouped_linear(rows, weight, result, order, plan, first_expert, top_k, tiles.block_m, cut, scaled, gated=gated)
     pdl = use_pdl(x)
     _weighted_sum_kernel[(tokens, triton.cdiv(hidden, 1024))](
         outer,
@@ -200,6 +226,11 @@ def fused_experts(
     return out
 
 
+def _columns_of(scale: torch.Tensor) -> int:
+    """Columns that share a scale, 0 for all."""
+    return GROUP if len(scale) > 1 else 0
+
+
 def grouped_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -210,23 +241,32 @@ def grouped_linear(
     top_k: int,
     block_m: int,
     tiles: ProductTiles,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     gated: bool,
 ) -> None:
     """A product for every pair with its expert's weight.
 
     Args:
+        scales: of the rows of `x` [G, rows] and of `weight` [G, E, N], where both are 8-bit numbers.
         order, plan: of `group_rows`; without a plan `order` is the pairs' experts, and each pair is a tile.
         gated: `x` [T, H] a row a token, `out` [T * K, I] in the order of tiles, silu(gate) * up; else: `x` in the order of
             tiles, `out` [T * K, H] in the order of pairs. The second product follows the first at once.
     """
     n, k = out.shape[1], x.shape[1]
     block_k = min(tiles.block_k, max(16, triton.next_power_of_2(k)))
+    x_scale, scale = (None, None) if scales is None else scales
+    apart = scale is not None and len(scale) > 1
+    if scale is not None:
+        assert scale.is_contiguous() and k % GROUP == 0
+        block_k = GROUP
     pdl = use_pdl(x)
     _grouped_linear_kernel[(triton.cdiv(n, tiles.block_n), len(out) if plan is None else len(plan))](
         x,
         weight,
         out,
+        x_scale,
+        scale,
         order,
         plan,
         first_expert,
@@ -234,7 +274,9 @@ def grouped_linear(
         n,
         k,
         x.stride(0),
+        len(x),
         GATED=gated,
+        APART=apart,
         GROUPED=plan is not None,
         TOP_K=top_k,
         BLOCK_M=block_m,
@@ -252,11 +294,13 @@ def grouped_linear(
     )
 
 
-@triton.jit(do_not_specialize=["first_expert", "num_experts"])
+@triton.jit(do_not_specialize=["first_expert", "num_experts", "x_rows"])
 def _grouped_linear_kernel(
     x_ptr,
     weight_ptr,
     out_ptr,
+    x_scale_ptr,
+    scale_ptr,
     order,
     plan,
     first_expert,
@@ -264,7 +308,9 @@ def _grouped_linear_kernel(
     n_size,
     k_size,
     stride_x,
+    x_rows,
     GATED: tl.constexpr,
+    APART: tl.constexpr,
     GROUPED: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -292,7 +338,10 @@ def _grouped_linear_kernel(
         expert = tl.load(order + index) - first_expert
         expert = tl.where(expert < num_experts, expert, -1)
         first, end = index, index + 1
-    weight_ptr += tl.maximum(expert, 0).to(tl.int64) * n_size * k_size * (2 if GATED else 1)
+    weight_rows = n_size * (2 if GATED else 1)
+    weight_ptr += tl.maximum(expert, 0).to(tl.int64) * weight_rows * k_size
+    if scale_ptr is not None:
+        scale_ptr += tl.maximum(expert, 0) * weight_rows
     if PDL and not GATED:
         # All but the rows is there while the product before ends.
         lines = tl.arange(0, PREFETCH) * (128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
@@ -305,13 +354,13 @@ def _grouped_linear_kernel(
     if TAIL_M < BLOCK_M:  # noqa: SIM102 - one is known to the compiler, the other is not
         if end - first <= TAIL_M:
             _product_tile(
-                x_ptr, weight_ptr, out_ptr, order, first, end, column, n_size, k_size, stride_x,
-                GATED, GROUPED, TOP_K, TAIL_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, STAGES, PRECISION,
+                x_ptr, weight_ptr, out_ptr, x_scale_ptr, scale_ptr, order, first, end, column, n_size, k_size, stride_x,
+                x_rows, num_experts * weight_rows, APART, GATED, GROUPED, TOP_K, TAIL_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, STAGES, PRECISION,
             )  # fmt: skip
             return
     _product_tile(
-        x_ptr, weight_ptr, out_ptr, order, first, end, column, n_size, k_size, stride_x,
-        GATED, GROUPED, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, STAGES, PRECISION,
+        x_ptr, weight_ptr, out_ptr, x_scale_ptr, scale_ptr, order, first, end, column, n_size, k_size, stride_x,
+        x_rows, num_experts * weight_rows, APART, GATED, GROUPED, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, STAGES, PRECISION,
     )  # fmt: skip
 
 
@@ -328,6 +377,8 @@ def _product_tile(
     x_ptr,
     weight_ptr,
     out_ptr,
+    x_scale_ptr,
+    scale_ptr,
     order,
     first,
     end,
@@ -335,6 +386,9 @@ def _product_tile(
     n_size,
     k_size,
     stride_x,
+    x_rows,
+    weight_rows,
+    APART: tl.constexpr,
     GATED: tl.constexpr,
     GROUPED: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -363,10 +417,11 @@ def _product_tile(
     n_row = n if EVEN_N else tl.minimum(n, n_size - 1)
     x_tile = x_ptr + x_row.to(tl.int64)[:, None] * stride_x + k[None, :]
     weight_tile = weight_ptr + n_row.to(tl.int64)[None, :] * k_size + k[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    SUM: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 and not APART else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_N), SUM)
     if GATED:
         up_tile = weight_tile + n_size.to(tl.int64) * k_size
-        up_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up_acc = tl.zeros((BLOCK_M, BLOCK_N), SUM)
     for start in tl.range(0, k_size, BLOCK_K, num_stages=STAGES):
         if EVEN_K:
             x = tl.load(x_tile, mask=inside[:, None], other=0.0)
@@ -375,17 +430,31 @@ def _product_tile(
             rest = k < k_size - start
             x = tl.load(x_tile, mask=inside[:, None] & rest[None, :], other=0.0)
             weight = tl.load(weight_tile, mask=rest[:, None], other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+        if APART:
+            group = start // BLOCK_K
+            x_scale = tl.load(x_scale_ptr + group * x_rows + x_row, mask=inside, other=0.0)
+            scale_at = scale_ptr + group.to(tl.int64) * weight_rows + n_row
+            acc += _scaled_part(x, weight, x_scale, tl.load(scale_at))
+        else:
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=SUM)
         if GATED:
             if EVEN_K:
                 up = tl.load(up_tile)
             else:
                 up = tl.load(up_tile, mask=rest[:, None], other=0.0)
-            up_acc = tl.dot(x, up, up_acc, input_precision=PRECISION)
+            if APART:
+                up_acc += _scaled_part(x, up, x_scale, tl.load(scale_at + n_size))
+            else:
+                up_acc = tl.dot(x, up, up_acc, input_precision=PRECISION, out_dtype=SUM)
             up_tile += BLOCK_K
         x_tile += BLOCK_K
         weight_tile += BLOCK_K
     dtype = out_ptr.dtype.element_ty
+    if scale_ptr is not None and not APART:
+        x_scale = tl.load(x_scale_ptr + x_row, mask=inside, other=0.0)[:, None]
+        acc = acc.to(tl.float32) * x_scale * tl.load(scale_ptr + n_row)[None, :]
+        if GATED:
+            up_acc = up_acc.to(tl.float32) * x_scale * tl.load(scale_ptr + n_size + n_row)[None, :]
     if GATED:
         # Rounded where the product, silu and their product are in torch.
         gate = acc.to(dtype).to(tl.float32)
@@ -393,6 +462,13 @@ def _product_tile(
         acc = silu * up_acc.to(dtype).to(tl.float32)
     out = out_ptr + out_row.to(tl.int64)[:, None] * n_size + n[None, :]
     tl.store(out, acc.to(dtype), mask=inside[:, None] & (n < n_size)[None, :])
+
+
+@triton.jit
+def _scaled_part(x, weight, x_scale, scale):
+    """A product of tiles [m, k] and [k, n] of 8-bit numbers with a scale for each of their rows and columns: [m, n] float32."""
+    SUM: tl.constexpr = tl.int32 if x.dtype == tl.int8 else tl.float32
+    return tl.dot(x, weight, out_dtype=SUM).to(tl.float32) * x_scale[:, None] * scale[None, :]
 
 
 @triton.jit

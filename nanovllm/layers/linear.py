@@ -15,8 +15,8 @@ from nanovllm.kernels.skinny_linear import choose_tiles, skinny_linear
 from nanovllm.layers.activation import gelu_and_mul, silu_and_mul
 from nanovllm.layers.lora import LoraWeights
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.layers.quantized import Numbers, QuantizedWeight
-from nanovllm.models.quantization import WeightFormat
+from nanovllm.layers.quantized import Numbers, QuantizedWeight, some_columns, some_rows
+from nanovllm.models.quantization import WeightScheme
 
 
 class ParallelLinear(nn.Module):
@@ -38,8 +38,11 @@ class ParallelLinear(nn.Module):
         """Copy this rank's part of a checkpoint tensor."""
         raise NotImplementedError
 
-    def keep(self, form: WeightFormat) -> None:
-        """Have the weight quantised in `form` in place of the plain one."""
+    def keep(self, scheme: WeightScheme) -> None:
+        """Have the weight quantised in place of the plain one, where `scheme` has a form for its shape."""
+        form = scheme.kept(self.out_features, self.in_features)
+        if form is None:
+            return
         with self.weight.device:
             self.quantized = QuantizedWeight(self.out_features, self.in_features, form)
         del self.weight
@@ -83,10 +86,7 @@ class ColumnParallelLinear(ParallelLinear):
         """As `load`, into the quantised weight; a plain `weight` is quantised."""
         assert self.quantized is not None
         start = 0 if part is None else self.offsets[part][0]
-        if isinstance(weight, torch.Tensor):
-            self.quantized.put(start, self._part_of_rank(weight, part))
-        else:
-            self.quantized.put(start, weight.rows(lambda tensor: self._part_of_rank(tensor, part)))
+        self.quantized.put(start, some_rows(weight, lambda tensor: self._part_of_rank(tensor, part)))
 
     def _part_of_rank(self, tensor: torch.Tensor, part: str | None) -> torch.Tensor:
         if part is None:
@@ -164,20 +164,17 @@ class RowParallelLinear(ParallelLinear):
     def load(self, param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
         """Copy this rank's columns of the weight; the bias is whole on every rank."""
         if tensor.dim() == 2:
-            start, stop = self._columns_of_rank
-            tensor = tensor[:, start:stop]
+            tensor = tensor[:, self._columns_of_rank]
         param.data.copy_(tensor)
 
     def load_quantized(self, weight: Numbers | torch.Tensor, part: str | None) -> None:
         """As `load`, into the quantised weight; a plain `weight` is quantised."""
         assert self.quantized is not None
-        start, stop = self._columns_of_rank
-        own = weight[:, start:stop] if isinstance(weight, torch.Tensor) else weight.columns(start, stop)
-        self.quantized.put(0, own)
+        self.quantized.put(0, some_columns(weight, self._columns_of_rank))
 
     @property
-    def _columns_of_rank(self) -> tuple[int, int]:
-        return self.tp.rank * self.in_features, (self.tp.rank + 1) * self.in_features
+    def _columns_of_rank(self) -> slice:
+        return slice(self.tp.rank * self.in_features, (self.tp.rank + 1) * self.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features / size] -> this rank's partial sums [T, out_features], or [S, T, out_features] in float32."""

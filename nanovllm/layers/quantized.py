@@ -59,16 +59,22 @@ class Numbers(NamedTuple):
             return grouped
         return grouped.repeat_interleave(self.group, 1)[:, : self.values.shape[1]]
 
-    def rows(self, take: Callable[[torch.Tensor], torch.Tensor]) -> Numbers:
-        """What `take` leaves of the rows."""
-        zero = None if self.zero is None else take(self.zero)
-        return self._replace(values=take(self.values), scale=take(self.scale), zero=zero)
 
-    def columns(self, start: int, stop: int) -> Numbers:
-        """Columns from `start` to `stop`; borders of groups, which are neighbours."""
-        groups = slice(start // self.group, stop // self.group) if self.group else slice(None)
-        zero = None if self.zero is None else self.zero[:, groups]
-        return self._replace(values=self.values[:, start:stop], scale=self.scale[:, groups], zero=zero)
+def some_rows(weight: Numbers | torch.Tensor, take: Callable[[torch.Tensor], torch.Tensor]) -> Numbers | torch.Tensor:
+    """What `take` leaves of the rows of a weight, plain or quantised."""
+    if isinstance(weight, torch.Tensor):
+        return take(weight)
+    zero = None if weight.zero is None else take(weight.zero)
+    return weight._replace(values=take(weight.values), scale=take(weight.scale), zero=zero)
+
+
+def some_columns(weight: Numbers | torch.Tensor, columns: slice) -> Numbers | torch.Tensor:
+    """Some columns of a weight, plain or quantised; they begin and end where groups do, which are neighbours."""
+    if isinstance(weight, torch.Tensor):
+        return weight[:, columns]
+    groups = slice(columns.start // weight.group, columns.stop // weight.group) if weight.group else slice(None)
+    zero = None if weight.zero is None else weight.zero[:, groups]
+    return weight._replace(values=weight.values[:, columns], scale=weight.scale[:, groups], zero=zero)
 
 
 def quantize(weight: torch.Tensor, form: WeightFormat) -> Numbers:

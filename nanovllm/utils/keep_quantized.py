@@ -12,9 +12,10 @@ from torch import nn
 
 from nanovllm.kernels.triton_compat import HAS_TRITON
 from nanovllm.layers.linear import ParallelLinear
+from nanovllm.layers.moe import FusedExperts
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.quantization import Quantization, WeightScheme
-from nanovllm.utils.loader import linear_layers, stored_schemes
+from nanovllm.utils.loader import expert_layers, linear_layers, stored_schemes
 
 
 def can_keep_quantized(device: torch.device) -> bool:
@@ -25,15 +26,17 @@ def can_keep_quantized(device: torch.device) -> bool:
 def keep_quantized(model: CausalLM, quantization: Quantization) -> None:
     """Have those weights of `model`, which is on the meta device, stay quantised whose shape allows it; the others stay plain."""
     schemes = stored_schemes(model, quantization)
-    found: dict[ParallelLinear, set[WeightScheme | None]] = defaultdict(set)
-    for name, layer in linear_layers(model).items():
-        found[layer.module].add(schemes.get(name))
+    matrices: list[tuple[str, ParallelLinear | FusedExperts]] = [
+        *((name, layer.module) for name, layer in linear_layers(model).items()),
+        *expert_layers(model).items(),
+    ]
+    found: dict[ParallelLinear | FusedExperts, set[WeightScheme | None]] = defaultdict(set)
+    for name, module in matrices:
+        found[module].add(schemes.get(name))
     for module, kinds in found.items():
-        scheme = kinds.pop()
         # Matrices that are fused into one have one format.
-        form = None if kinds or scheme is None else scheme.kept(module.out_features, module.in_features)
-        if form is not None:
-            module.keep(form)
+        if len(kinds) == 1 and (scheme := kinds.pop()) is not None:
+            module.keep(scheme)
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:

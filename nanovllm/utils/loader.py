@@ -185,8 +185,8 @@ def load_model(
             module = model.get_submodule(target.rpartition(".")[0])
             if isinstance(module, FusedExperts) and not module.holds(part):
                 continue
-            keeps = kind != "bias" and isinstance(module, ParallelLinear) and module.quantized is not None
-            into = module if keeps else params[target]
+            keeps = isinstance(module, (ParallelLinear, FusedExperts)) and module.quantized is not None
+            into = module if keeps and kind != "bias" else params[target]
             if scheme is None:
                 jobs.append(_Job([tensor], into, part, device, rounded=kind == "weight" and layer in rounded))
                 continue
@@ -220,7 +220,8 @@ def init_dummy(model: nn.Module, seed: int = 0) -> None:
     for name, module in kept.items():
         shape = len(module.numbers), module.columns
         weight = torch.empty(shape, dtype=torch.get_default_dtype(), device=module.numbers.device)
-        plain = name.removesuffix("quantized.") + "weight"
+        layer, _, own = name.rpartition("quantized.")
+        plain = layer + (own.removesuffix(".") or "weight")
         module.put(0, weight.normal_(0.0, 0.02, generator=_generator(plain, seed, weight.device)))
     for name, param in model.named_parameters():
         if name.startswith(tuple(kept)):
@@ -257,7 +258,7 @@ class _Job(NamedTuple):
     """
 
     stored: list[_Stored]
-    into: nn.Parameter | ParallelLinear
+    into: nn.Parameter | ParallelLinear | FusedExperts
     part: str | None
     device: torch.device
     scheme: WeightScheme | None = None
@@ -267,7 +268,7 @@ class _Job(NamedTuple):
     def run(self) -> None:
         """Read it, and have this rank's part of it taken."""
         numbers = None if self.scheme is None else self._numbers(self.scheme)
-        if isinstance(self.into, ParallelLinear):
+        if not isinstance(self.into, nn.Parameter):
             self.into.load_quantized(self.stored[0].read() if numbers is None else numbers, self.part)
             return
         tensor = self.stored[0].read() if numbers is None else numbers.dequantize()
@@ -446,17 +447,23 @@ def linear_layers(model: CausalLM) -> dict[str, LinearLayer]:
     return {_checkpoint_name(name, model): layer for name, layer in layers.items()}
 
 
+def expert_layers(model: CausalLM) -> dict[str, FusedExperts]:
+    """The matrices of experts by their names in the checkpoint."""
+    return {
+        _checkpoint_name(f"{name}.{i}.{part}", model): module
+        for name, module in model.named_modules()
+        if isinstance(module, FusedExperts)
+        for i in range(module.total)
+        for part in model.expert_parts
+    }
+
+
 def stored_schemes(model: CausalLM, quantization: Quantization | None) -> dict[str, WeightScheme]:
     """How the quantised weights are stored, by the layer's name in the checkpoint."""
     if quantization is None:
         return {}
-    others: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, FusedExperts):
-            others += [f"{name}.{i}.{part}" for i in range(module.total) for part in model.expert_parts]
-        elif isinstance(module, ParallelLMHead):
-            others.append(name)
-    layers = [*linear_layers(model), *(_checkpoint_name(name, model) for name in others)]
+    heads = (name for name, module in model.named_modules() if isinstance(module, ParallelLMHead))
+    layers = [*linear_layers(model), *expert_layers(model), *(_checkpoint_name(name, model) for name in heads)]
     found = {layer: quantization.scheme_of(layer) for layer in layers}
     return {layer: scheme for layer, scheme in found.items() if scheme is not None}
 

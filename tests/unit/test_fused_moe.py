@@ -10,6 +10,7 @@ import torch
 
 from nanovllm.kernels import fused_moe
 from nanovllm.kernels.fused_moe import (
+    ExpertScales,
     MoeTiles,
     ProductTiles,
     fused_experts,
@@ -19,6 +20,7 @@ from nanovllm.kernels.fused_moe import (
     route_torch,
 )
 from nanovllm.kernels.grouping import group_rows, most_tiles
+from nanovllm.kernels.quantize import quantize_rows_torch
 from nanovllm.kernels.triton_compat import HAS_TRITON
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -184,6 +186,44 @@ def test_fused_experts(
     assert first is buffer
     second = fused_experts(x, gate_up[half:], down[half:], ids, weights, half, tiles=tiles)
     torch.testing.assert_close(first.float() + second.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("dtype", "group", "tokens"),
+    [(torch.int8, 0, 30), (torch.int8, 128, 2), (torch.float8_e4m3fn, 0, 2), (torch.float8_e4m3fn, 128, 30)],
+)
+def test_experts_of_eight_bits(dtype: torch.dtype, group: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped pairs and single ones, scales of whole rows and of parts."""
+    if DEVICE.type == "cpu":  # the interpreter rounds some numbers otherwise
+        monkeypatch.setattr(fused_moe, "quantize_rows", quantize_rows_torch)
+    hidden, size, experts, top_k = 256, 128, 32, 2
+    x, ids, weights = randn(tokens, hidden), some_ids(tokens, top_k, experts, 3), randn(tokens, top_k, seed=4).abs()
+    plain = randn(experts, 2 * size, hidden, seed=1) / hidden**0.5, randn(experts, hidden, size, seed=2) / size**0.5
+    numbers, scales = zip(*(quantize_rows_torch(weight.flatten(0, 1), dtype, group) for weight in plain), strict=True)
+    gate_up, down = (value.view(weight.shape) for value, weight in zip(numbers, plain, strict=True))
+    of_experts = ExpertScales(*(scale.unflatten(1, (experts, -1)) for scale in scales))
+    out = fused_experts(x, gate_up, down, ids, weights, scales=of_experts)
+    expected = fused_experts_torch(x, gate_up, down, ids, weights, scales=of_experts)
+    # What is made 8 bits after the first product may fall to the next number.
+    assert (out - expected).norm() < 1e-2 * expected.norm()
+    exact = fused_experts_torch(x, *plain, ids, weights)
+    assert (out - exact).norm() < 0.08 * exact.norm()
+    # The second of two ranks has what the first lacks.
+    half = experts // 2
+    parts = [
+        fused_experts(
+            x,
+            gate_up[part],
+            down[part],
+            ids,
+            weights,
+            first,
+            scales=ExpertScales(*(s[:, part].contiguous() for s in of_experts)),
+        )
+        for part, first in ((slice(half), 0), (slice(half, None), half))
+    ]
+    assert (parts[0] + parts[1] - expected).norm() < 1e-2 * expected.norm()
 
 
 def test_the_reference_is_a_sum_of_experts() -> None:
