@@ -359,14 +359,17 @@ def _product_tile(
         x_row, out_row = m, pair
     n = column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    # Gated, rows of gate and up take turns, so that one product makes both of a column where one thread has them.
+    COLUMNS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    n_row = column + (tl.arange(0, COLUMNS) // 2 if GATED else tl.arange(0, COLUMNS))
     # Past the end the last row is read again, and not stored.
-    n_row = n if EVEN_N else tl.minimum(n, n_size - 1)
+    if not EVEN_N:
+        n_row = tl.minimum(n_row, n_size - 1)
+    if GATED:
+        n_row += tl.arange(0, COLUMNS) % 2 * n_size
     x_tile = x_ptr + x_row.to(tl.int64)[:, None] * stride_x + k[None, :]
     weight_tile = weight_ptr + n_row.to(tl.int64)[None, :] * k_size + k[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if GATED:
-        up_tile = weight_tile + n_size.to(tl.int64) * k_size
-        up_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
     for start in tl.range(0, k_size, BLOCK_K, num_stages=STAGES):
         if EVEN_K:
             x = tl.load(x_tile, mask=inside[:, None], other=0.0)
@@ -376,21 +379,14 @@ def _product_tile(
             x = tl.load(x_tile, mask=inside[:, None] & rest[None, :], other=0.0)
             weight = tl.load(weight_tile, mask=rest[:, None], other=0.0)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
-        if GATED:
-            if EVEN_K:
-                up = tl.load(up_tile)
-            else:
-                up = tl.load(up_tile, mask=rest[:, None], other=0.0)
-            up_acc = tl.dot(x, up, up_acc, input_precision=PRECISION)
-            up_tile += BLOCK_K
         x_tile += BLOCK_K
         weight_tile += BLOCK_K
     dtype = out_ptr.dtype.element_ty
     if GATED:
         # Rounded where the product, silu and their product are in torch.
-        gate = acc.to(dtype).to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-        acc = silu * up_acc.to(dtype).to(tl.float32)
+        gate, up = tl.split(tl.reshape(acc.to(dtype), (BLOCK_M, BLOCK_N, 2)))
+        gate = gate.to(tl.float32)
+        acc = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up.to(tl.float32)
     out = out_ptr + out_row.to(tl.int64)[:, None] * n_size + n[None, :]
     tl.store(out, acc.to(dtype), mask=inside[:, None] & (n < n_size)[None, :])
 
