@@ -33,23 +33,27 @@ class ProductTiles(NamedTuple):
 
 
 class MoeTiles(NamedTuple):
-    """Pairs of a tile, and the two products' columns."""
+    """Pairs of a tile, the two products' columns, and tiles that take their columns in turns (1: each all of its own first)."""
 
     block_m: int
     gate_up: ProductTiles
     down: ProductTiles
+    turns: int = 1
 
 
-def moe_tiles(pairs: int, num_experts: int) -> MoeTiles:
-    """Tiles for `pairs` pairs over `num_experts` experts: the smallest that most experts' pairs fit into."""
+def moe_tiles(pairs: int, num_experts: int, *, grouped: bool = True) -> MoeTiles:
+    """Tiles for `pairs` pairs over `num_experts` experts, from what was fastest on an H200 (bench/NOTES.md).
+
+    A tile that twice the mean number of an expert's pairs fit into reads nearly all weights once.
+    """
     each = pairs / num_experts
-    if each <= 16:
-        return MoeTiles(16, ProductTiles(64, 128, 4, 4), ProductTiles(64, 128, 4, 4))
-    if each <= 32:
-        return MoeTiles(32, ProductTiles(64, 128, 4, 4), ProductTiles(64, 128, 4, 4))
-    if each <= 64:
-        return MoeTiles(64, ProductTiles(64, 64, 4, 4), ProductTiles(64, 64, 4, 4))
-    return MoeTiles(128, ProductTiles(128, 64, 3, 8), ProductTiles(128, 64, 3, 8))
+    if not grouped:
+        return MoeTiles(16, ProductTiles(32, 128, 4, 4), ProductTiles(64, 64, 6, 4))
+    if each <= 8:
+        return MoeTiles(16, ProductTiles(32, 128, 4, 2), ProductTiles(32, 128, 4, 2))
+    if each <= 24:
+        return MoeTiles(32, ProductTiles(64, 128, 3, 4), ProductTiles(64, 128, 3, 4))
+    return MoeTiles(128, ProductTiles(128, 64, 4, 8), ProductTiles(256, 64, 3, 8), turns=1 if each <= 128 else 8)
 
 
 def groups_pairs(pairs: int, top_k: int, num_experts: int) -> bool:
@@ -118,9 +122,9 @@ def _route_kernel(
     ids = tl.zeros((BLOCK_K,), tl.int32)
     weights = tl.zeros((BLOCK_K,), tl.float32)
     for k in tl.static_range(TOP_K):
-        best = tl.argmax(probs, axis=0)
+        most, best = tl.max(probs, axis=0, return_indices=True)
         ids = tl.where(place == k, best.to(tl.int32), ids)
-        weights = tl.where(place == k, tl.max(probs, axis=0), weights)
+        weights = tl.where(place == k, most, weights)
         probs = tl.where(expert == best, -1.0, probs)
     if NORMALIZE:
         weights = weights / tl.sum(weights, axis=0)
@@ -172,15 +176,16 @@ def fused_experts(
     (tokens, hidden), (experts, _, size), top_k = x.shape, down.shape, ids.shape[1]
     pairs = tokens * top_k
     assert x.stride(1) == 1 and gate_up.is_contiguous() and down.is_contiguous() and ids.is_contiguous()
-    tiles = tiles or moe_tiles(pairs, experts)
+    grouped = groups_pairs(pairs, top_k, experts)
+    tiles = tiles or moe_tiles(pairs, experts, grouped=grouped)
     order, plan = ids, None
-    if groups_pairs(pairs, top_k, experts):
+    if grouped:
         order, plan = group_rows(ids, experts, first_expert, tiles.block_m)
     inner = torch.empty(pairs, size, dtype=x.dtype, device=x.device)
     outer = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
     out = torch.empty_like(x) if out is None else out
-    grouped_linear(x, gate_up, inner, order, plan, first_expert, top_k, tiles.block_m, tiles.gate_up, gated=True)
-    grouped_linear(inner, down, outer, order, plan, first_expert, top_k, tiles.block_m, tiles.down, gated=False)
+    grouped_linear(x, gate_up, inner, order, plan, first_expert, top_k, tiles, gated=True)
+    grouped_linear(inner, down, outer, order, plan, first_expert, top_k, tiles, gated=False)
     pdl = use_pdl(x)
     _weighted_sum_kernel[(tokens, triton.cdiv(hidden, 1024))](
         outer,
@@ -208,8 +213,7 @@ def grouped_linear(
     plan: torch.Tensor | None,
     first_expert: int,
     top_k: int,
-    block_m: int,
-    tiles: ProductTiles,
+    tiles: MoeTiles,
     *,
     gated: bool,
 ) -> None:
@@ -221,9 +225,11 @@ def grouped_linear(
             tiles, `out` [T * K, H] in the order of pairs. The second product follows the first at once.
     """
     n, k = out.shape[1], x.shape[1]
-    block_k = min(tiles.block_k, max(16, triton.next_power_of_2(k)))
+    block_n, block_k, stages, warps = tiles.gate_up if gated else tiles.down
+    block_k = min(block_k, max(16, triton.next_power_of_2(k)))
+    count = len(out) if plan is None else len(plan)
     pdl = use_pdl(x)
-    _grouped_linear_kernel[(triton.cdiv(n, tiles.block_n), len(out) if plan is None else len(plan))](
+    _grouped_linear_kernel[(triton.cdiv(n, block_n) * count,)](
         x,
         weight,
         out,
@@ -231,28 +237,30 @@ def grouped_linear(
         plan,
         first_expert,
         len(weight),
+        count,
         n,
         k,
         x.stride(0),
         GATED=gated,
         GROUPED=plan is not None,
         TOP_K=top_k,
-        BLOCK_M=block_m,
-        TAIL_M=min(block_m, TAIL_M),
-        BLOCK_N=tiles.block_n,
+        BLOCK_M=tiles.block_m,
+        TAIL_M=min(tiles.block_m, TAIL_M),
+        BLOCK_N=block_n,
         BLOCK_K=block_k,
-        EVEN_N=n % tiles.block_n == 0,
+        EVEN_N=n % block_n == 0,
         EVEN_K=k % block_k == 0,
-        STAGES=tiles.stages,
+        TURNS=tiles.turns,
+        STAGES=stages,
         PREFETCH=min(k * x.dtype.itemsize, PREFETCH_BYTES) // 128,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         PDL=pdl,
         launch_pdl=pdl,
-        num_warps=tiles.warps,
+        num_warps=warps,
     )
 
 
-@triton.jit(do_not_specialize=["first_expert", "num_experts"])
+@triton.jit(do_not_specialize=["first_expert", "num_experts", "num_tiles"])
 def _grouped_linear_kernel(
     x_ptr,
     weight_ptr,
@@ -261,6 +269,7 @@ def _grouped_linear_kernel(
     plan,
     first_expert,
     num_experts,
+    num_tiles,
     n_size,
     k_size,
     stride_x,
@@ -273,14 +282,19 @@ def _grouped_linear_kernel(
     BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TURNS: tl.constexpr,
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # An expert's tiles run one after the other, each with all its columns: its weight stays in the L2 cache, and so do the rows.
-    index = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK_N
+    # Tiles of an expert follow each other, so TURNS of them read the same columns of its weight at about the same time.
+    across = (n_size + BLOCK_N - 1) // BLOCK_N
+    turn = tl.program_id(0) // (across * TURNS) * TURNS
+    tiles = tl.minimum(num_tiles - turn, TURNS)
+    within = tl.program_id(0) % (across * TURNS)
+    index = turn + within % tiles
+    column = within // tiles * BLOCK_N
     if PDL and GATED:
         # What says which pairs are whose was made just before.
         tl.extra.cuda.gdc_wait()
