@@ -91,12 +91,18 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     shape = {"NUM_GROUPS": 128, "BLOCK_M": 64, "BLOCK_G": 128, "BLOCK": grouping.BLOCK, "PDL": True}
     found.append(("count", grouping._count_kernel, grouping_types, shape))
     found.append(("place", grouping._place_kernel, grouping_types, shape))
-    for pairs, even, gated in ((8, True, True), (8, True, False), (99999, False, True), (99999, True, False)):
-        block_m, *products = fused_moe.moe_tiles(pairs, 128)
-        tiles = products[not gated]
+    for pairs, even, gated in (
+        (8, True, True),
+        (8, True, False),
+        (2048, False, True),
+        (99999, False, True),
+        (99999, True, False),
+    ):
+        moe = fused_moe.moe_tiles(pairs, 128, grouped=pairs > 8)
+        block_m, tiles = moe.block_m, moe.gate_up if gated else moe.down
         shape = {"BLOCK_M": block_m, "TAIL_M": min(block_m, fused_moe.TAIL_M), "BLOCK_N": tiles.block_n}
         shape |= {"BLOCK_K": tiles.block_k, "STAGES": tiles.stages, "GATED": gated, "GROUPED": pairs > 8, "TOP_K": 8}
-        shape |= {"EVEN_N": even, "EVEN_K": even, "PREFETCH": 8, "PRECISION": "tf32", "PDL": True}
+        shape |= {"TURNS": moe.turns, "EVEN_N": even, "EVEN_K": even, "PREFETCH": 8, "PRECISION": "tf32", "PDL": True}
         kind = f"grouped {block_m}, even {even}, gated {gated}"
         shape |= {"num_warps": tiles.warps}
         plain = {"x_scale_ptr": None, "scale_ptr": None, "APART": False}
