@@ -204,6 +204,7 @@ def paged_decode(
     tile: int,
     num_stages: int = NUM_STAGES,
     num_warps: int = NUM_WARPS,
+    max_registers: int | None = None,
     other_kernel_between: bool = False,
     window: int = 0,
     softcap: float = 0.0,
@@ -261,6 +262,7 @@ def paged_decode(
         PDL=pdl,
         launch_pdl=pdl,
         num_warps=num_warps,
+        maxnreg=max_registers,
     )
 
 
