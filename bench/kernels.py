@@ -20,7 +20,7 @@ from nanovllm.layers.backends.torch_backend import TorchBackend
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--sections", nargs="+", help="GPU: which of decode, contexts, prefill, small, layer to run (default: all)"
+        "--sections", nargs="+", help="GPU: which of decode, fp8, contexts, prefill, small, layer to run (default: all)"
     )
     parser.add_argument("--batch", type=int, default=64, help="CPU: sequences")
     parser.add_argument(

@@ -52,24 +52,28 @@ ROPE_SHAPE |= {"PDL": True}
 NORM = {"x_ptr": BF16, "residual_ptr": BF16, "normed_ptr": BF16, "total_ptr": BF16, "eps": "fp32"}
 GROUPED = {"x_ptr": BF16, "weight_ptr": BF16, "out_ptr": BF16, "order": I32, "plan": I32}
 
+# Window, soft cap, shared prefixes, cache in eight bits.
+SWITCHES = ((0, 0.0, True, True), (0, 0.0, False, False), (1000, 72.1, False, True), (1000, 72.1, False, False))
+
 
 def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     """Name, kernel, types of what is no int32, constants."""
     found: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
-    for window, softcap, shared, fp8 in ((0, 0.0, True, True), (0, 0.0, False, False), (1000, 72.1, False, True), (1000, 72.1, True, False)):
+    for window, softcap, shared, fp8 in SWITCHES:
         kind = f"window {window}, softcap {softcap}, shared {shared}, fp8 {fp8}"
         none = {} if fp8 else {"scales": None}
         scaled = {"scale_log2": "fp32"} | ({"scales": I32} if fp8 else {})
-        words, values = ({"k_ptr": kind, "v_ptr": kind} if fp8 else {} for kind in (I16, FP8))
+        words, values = ({"k_ptr": cache, "v_ptr": cache} if fp8 else {} for cache in (I16, FP8))
         switches = {"WINDOW": window, "WINDOWED": window > 0, "SOFTCAP": softcap, "SHARED": shared}
-        found.append((f"decode, {kind}", paged_decode._decode_kernel, DECODE | words | scaled, DECODE_SHAPE | switches | none))
-        prefill = {**QKV, "tiles": I32, **values, **scaled}
-        found.append((f"prefill, {kind}", paged_prefill._prefill_kernel, prefill, PREFILL_SHAPE | switches | none))
+        switches |= none
+        found.append((f"decode, {kind}", paged_decode._decode_kernel, DECODE | words | scaled, DECODE_SHAPE | switches))
+        prefill = {**QKV, "tiles": I32, **scaled}
+        found.append((f"prefill, {kind}", paged_prefill._prefill_kernel, prefill | values, PREFILL_SHAPE | switches))
         plan = {"slots": I64, "context_lens": I64, "starts": I32, "items": I32, "skipped": I32, "row_of": I32}
         found.append((f"plan, {kind}", paged_decode._plan_kernel, plan, PLAN_SHAPE | switches))
-        part = {**QKV, **values, "items": I32, "members": I32, "entries": I32, "rows": I32, "out_ptr": F32, "lse_ptr": F32}
-        shape = PREFILL_SHAPE | switches | none | {"ROWS": 64, "TILE": 64}
-        found.append((f"shared, {kind}", shared_prefix._shared_kernel, part | scaled, shape))
+        part = {**QKV, "items": I32, "members": I32, "entries": I32, "rows": I32, "out_ptr": F32, "lse_ptr": F32}
+        shape = PREFILL_SHAPE | switches | {"ROWS": 64, "TILE": 64}
+        found.append((f"shared, {kind}", shared_prefix._shared_kernel, part | values | scaled, shape))
     for rotary, weight, cache in ((96, BF16, BF16), (128, F32, FP8)):
         types = ROPE | {"q_weight": weight, "k_weight": weight, "k_cache": cache, "v_cache": cache}
         scales = {"scales": None}

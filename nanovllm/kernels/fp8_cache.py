@@ -104,7 +104,7 @@ def unpack_pairs(pairs, ASM: tl.constexpr):
     byte by byte. `ASM`: as two instructions for two values; for a GPU.
     """
     if ASM:
-        return tl.inline_asm_elementwise(
+        low, high = tl.inline_asm_elementwise(
             """{
             .reg .b32 low, high;
             .reg .b16 low_pair, high_pair;
@@ -122,6 +122,6 @@ def unpack_pairs(pairs, ASM: tl.constexpr):
             pack=2,
         )
     else:
-        low = (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-        high = ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-        return low.to(tl.float16), high.to(tl.float16)
+        low = (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        high = ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    return low, high

@@ -100,7 +100,5 @@ class TorchBackend(AttentionBackend):
         for start, end, slots, mask in plan[window].decodes:
             out[start:end] = paged_decode_torch(q[start:end], k_cache, v_cache, slots, mask, scale, softcap, scales)
         for start, end, slots, _ in plan[window].prefills:
-            out[start:end] = paged_prefill_torch(
-                q[start:end], k_cache, v_cache, slots, scale, window, softcap, scales
-            )
+            out[start:end] = paged_prefill_torch(q[start:end], k_cache, v_cache, slots, scale, window, softcap, scales)
         return out
