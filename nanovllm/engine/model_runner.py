@@ -218,7 +218,7 @@ class ModelRunner:
     def block_bytes(self) -> int:
         """Bytes one KV block takes on this rank, all layers, keys and values."""
         row = self.model_config.head_dim * self.cache_dtype.itemsize + (SCALE_BYTES if self.cache_dtype == FP8 else 0)
-        return 2 * len(self.attention_layers) * self.num_kv_heads * row * self.config.kvcache_block_size
+        return int(2 * len(self.attention_layers) * self.num_kv_heads * row * self.config.kvcache_block_size)
 
     def max_kvcache_blocks(self) -> int:
         """KV blocks this rank has memory for, and never more than `max_num_seqs` full sequences use.
