@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--sections",
         nargs="+",
-        help="GPU: which of decode, contexts, prefill, small, layer, fp8_linear, moe, lora, shared to run (default: all)",
+        help="GPU: which of decode, fp8, contexts, prefill, small, layer, fp8_linear, moe, lora, shared to run (default: all)",
     )
     parser.add_argument("--batch", type=int, default=64, help="CPU: sequences")
     parser.add_argument(

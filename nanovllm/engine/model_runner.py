@@ -29,6 +29,7 @@ from nanovllm.engine.row_sampling import SamplingInput
 from nanovllm.engine.step_result import StepCopy
 from nanovllm.engine.token_masks import mask_words
 from nanovllm.errors import UserError
+from nanovllm.kernels.fp8_cache import FP8, SCALE_BYTES, scales_shape
 from nanovllm.kernels.sampling import LEAST_KEY, RowMasks
 from nanovllm.layers.attention import Attention, AttentionBatch, SharingBackend, select_backend
 from nanovllm.layers.backends.torch_backend import TorchBackend
@@ -52,6 +53,8 @@ MAX_CPU_POOL_BYTES = 4 << 30
 CONTEXT_BYTES = 600 << 20
 SPARE_BYTES = 256 << 20
 GRAPH_LAYER_BYTES = 96 << 10
+# The least that converts eight-bit floats in hardware.
+FP8_CAPABILITY = (8, 9)
 
 
 def resolve_device(config: EngineConfig, rank: int, apart: bool = False) -> torch.device:
@@ -84,6 +87,23 @@ def resolve_dtype(config: EngineConfig, model_config: ModelConfig, device: torch
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UserError(f"the checkpoint's dtype {name!r} is not known; set dtype to float32, float16 or bfloat16")
     return dtype
+
+
+def resolve_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type of keys and values in the cache of a model in `dtype`.
+
+    Raises:
+        UserError: eight bits on a GPU whose kernels cannot convert them.
+    """
+    if config.kv_cache_dtype == "auto":
+        return dtype
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else FP8_CAPABILITY
+    if capability < FP8_CAPABILITY:
+        raise UserError(
+            f"kv_cache_dtype={config.kv_cache_dtype!r} needs a GPU of compute capability 8.9 or more and "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; use kv_cache_dtype=auto"
+        )
+    return FP8
 
 
 class Forward(NamedTuple):
@@ -127,7 +147,7 @@ class ModelRunner:
         device: this rank's; None: as `resolve_device` says.
 
     Raises:
-        UserError: no such device or attention backend here.
+        UserError: no such device or attention backend here, or it cannot read a cache of the type asked for.
     """
 
     def __init__(
@@ -145,6 +165,7 @@ class ModelRunner:
         self.tp = tp
         self.device = device or resolve_device(config, tp.rank)
         self.dtype = resolve_dtype(config, model_config, self.device)
+        self.cache_dtype = resolve_cache_dtype(config, self.dtype, self.device)
         backend_class = select_backend(config.attention_backend, self.device)
         self.max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         self.num_kv_heads = max(1, model_config.num_kv_heads // tp.size)
@@ -157,7 +178,7 @@ class ModelRunner:
             model_config.head_dim,
             self.max_num_seqs,
             self.device,
-            self.dtype,
+            self.cache_dtype,
         )
         self.backend.check_block_size(config.kvcache_block_size)
         online = ONLINE_FP8 if config.quantization == "fp8" and model_config.quantization is None else None
@@ -207,8 +228,8 @@ class ModelRunner:
     @property
     def block_bytes(self) -> int:
         """Bytes one KV block takes on this rank, all layers, keys and values."""
-        per_token = 2 * len(self.attention_layers) * self.num_kv_heads * self.model_config.head_dim
-        return int(per_token * self.config.kvcache_block_size * self.dtype.itemsize)
+        row = self.model_config.head_dim * self.cache_dtype.itemsize + (SCALE_BYTES if self.cache_dtype == FP8 else 0)
+        return int(2 * len(self.attention_layers) * self.num_kv_heads * row * self.config.kvcache_block_size)
 
     def max_kvcache_blocks(self) -> int:
         """KV blocks this rank has memory for, and never more than `max_num_seqs` full sequences use.
@@ -251,7 +272,7 @@ class ModelRunner:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         dtype = str(self.dtype).removeprefix("torch.")
         pool = f"{num_blocks} KV blocks of {self.config.kvcache_block_size} tokens ({num_blocks * self.block_bytes >> 20} MiB)"
-        parts = [name, dtype, f"attention backend {backend}", pool]
+        parts = [name, dtype, f"attention backend {backend}", pool + " in fp8" * (self.cache_dtype == FP8)]
         if self.uses_graphs:
             whole = self._graphs_of(False, False).whole
             whole.capture_all()
@@ -458,9 +479,13 @@ class ModelRunner:
     def _allocate_kv_cache(self, num_blocks: int) -> None:
         """Zeroed: attention reads padding slots and masks them, so all must be finite."""
         shape = (2, len(self.attention_layers), num_blocks, self.config.kvcache_block_size, self.num_kv_heads)
-        pool = _zeros((*shape, self.model_config.head_dim), self.dtype, self.device)
+        pool = _zeros((*shape, self.model_config.head_dim), self.cache_dtype, self.device)
         for layer, k_cache, v_cache in zip(self.attention_layers, pool[0], pool[1], strict=True):
             layer.k_cache, layer.v_cache = k_cache, v_cache
+        if self.cache_dtype == FP8:
+            scales = _zeros((shape[1], *scales_shape(*shape[2:])), torch.bfloat16, self.device)
+            for layer, layer_scales in zip(self.attention_layers, scales, strict=True):
+                layer.scales = layer_scales
 
     @torch.inference_mode()
     def _warm_up(self) -> int:

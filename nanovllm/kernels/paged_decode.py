@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from nanovllm.kernels.fp8_cache import load_scales, scale_words, unpack_pairs
 from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ ITEM_TILES = 2
 
 
 def decode_tile(head_dim: int, dtype: torch.dtype) -> int:
-    """Tokens a program reads at a time: the keys of a tile and the values are 16 KiB each."""
+    """Tokens a program reads at a time: the keys of a tile and the values are 16 KiB each, or less."""
     return int(max(16, min(64, (1 << 14) // (triton.next_power_of_2(head_dim) * dtype.itemsize))))
 
 
@@ -203,10 +204,12 @@ def paged_decode(
     tile: int,
     num_stages: int = NUM_STAGES,
     num_warps: int = NUM_WARPS,
+    max_registers: int | None = None,
     other_kernel_between: bool = False,
     window: int = 0,
     softcap: float = 0.0,
     shared: SharedBuffers | None = None,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Attend one query token a sequence over its whole context, planned by `plan_decode` with the same arguments.
 
@@ -218,6 +221,7 @@ def paged_decode(
             plan has been read.
         window: as planned; softcap: see `paged_attention.softcapped`, 0: none.
         shared: as planned; `attend_shared` has attended to those tokens.
+        scales: [N, Hkv, P, 2] of a cache in eight bits, see `fp8_cache`.
     """
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
@@ -225,6 +229,8 @@ def paged_decode(
     block_d, merge_g = triton.next_power_of_2(head_dim), triton.next_power_of_2(group)
     assert k_cache.stride() == v_cache.stride() and q.is_contiguous() and out.is_contiguous()
     pdl = other_kernel_between and use_pdl(q)
+    if scales is not None:
+        k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
     # Heads vary fastest, so programs that run together read neighbouring parts of the same tokens.
     _decode_kernel[(num_kv_heads, programs)](
         q,
@@ -234,6 +240,7 @@ def paged_decode(
         block_tables,
         *buffers,
         *((q,) * 4 if shared is None else (shared.entries, shared.counts, shared.out, shared.lse)),
+        scale_words(scales),
         scale * 1.4426950408889634,
         block_tables.stride(0),
         *k_cache.stride()[:3],
@@ -251,9 +258,11 @@ def paged_decode(
         SHARED=shared is not None,
         SOFTCAP=softcap * 1.4426950408889634,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        ASM=q.is_cuda,
         PDL=pdl,
         launch_pdl=pdl,
         num_warps=num_warps,
+        maxnreg=max_registers,
     )
 
 
@@ -273,6 +282,7 @@ def _decode_kernel(
     entry_counts,
     shared_out,
     shared_lse,
+    scales,
     scale_log2,
     stride_table,
     stride_block,
@@ -292,17 +302,25 @@ def _decode_kernel(
     SHARED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    # Eight-bit values come in words of two neighbours: those of even and of odd dimensions have a product each.
+    FP8: tl.constexpr = scales is not None
+    PACK: tl.constexpr = 2 if FP8 else 1
+    OPERAND: tl.constexpr = tl.float32 if q_ptr.dtype.element_ty == tl.float32 else tl.float16
     head = tl.program_id(0)
     program = tl.program_id(1)
     first_item = tl.load(starts + program)
     last_item = tl.load(starts + program + 1)
     group = tl.arange(0, BLOCK_G)
     dim = tl.arange(0, BLOCK_D)
+    word = tl.arange(0, BLOCK_D // PACK)
     heads = head * GROUP + group
     out_mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
     out_offsets = heads[:, None] * HEAD_DIM + dim[None, :]
+    q_mask = (group < GROUP)[:, None] & (word < HEAD_DIM // PACK)[None, :]
+    q_offsets = heads[:, None] * HEAD_DIM + word[None, :] * PACK
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     ROW: tl.constexpr = NUM_HEADS * HEAD_DIM
     if PDL:
@@ -310,7 +328,11 @@ def _decode_kernel(
     if first_item == last_item:
         return
     row, slot, start, end, first, count = _load_item(items, first_item)
-    q = tl.load(q_ptr + row.to(tl.int64) * ROW + out_offsets, mask=out_mask, other=0.0)
+    q = tl.load(q_ptr + row.to(tl.int64) * ROW + q_offsets, mask=q_mask, other=0.0)
+    if FP8:
+        q = (q.to(tl.float32) * scale_log2).to(OPERAND)
+        q_odd = tl.load(q_ptr + row.to(tl.int64) * ROW + q_offsets + 1, mask=q_mask, other=0.0)
+        q_odd = (q_odd.to(tl.float32) * scale_log2).to(OPERAND)
     for item in range(first_item, last_item):
         # The next item is on its way while this one is computed.
         next_item = tl.minimum(item + 1, last_item - 1)
@@ -318,7 +340,9 @@ def _decode_kernel(
         table = block_tables + slot.to(tl.int64) * stride_table
         best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_G,), tl.float32)
-        acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+        acc = tl.zeros((BLOCK_G, BLOCK_D // PACK), tl.float32)
+        if FP8:
+            acc_odd = tl.zeros((BLOCK_G, BLOCK_D // 2), tl.float32)
         if WINDOWED:
             seen = tl.load(items + item * 8 + 6)
         # Counted from 0: Triton 3.6 takes a carried value that is only a loop's lower bound for dead.
@@ -334,22 +358,45 @@ def _decode_kernel(
             else:
                 block = tl.load(table + tokens // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
                 token_offsets = block * stride_block + (tokens % BLOCK_SIZE).to(tl.int64) * stride_token
-            offsets = token_offsets[:, None] + head * stride_head + dim[None, :]
-            mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
-            k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            offsets = token_offsets[:, None] + head * stride_head + word[None, :]
+            mask = inside[:, None] & (word < HEAD_DIM // PACK)[None, :]
+            k = tl.load(k_ptr + offsets, mask=mask, other=0)
+            if FP8:
+                k_scale, v_exponent, v_inverse = load_scales(
+                    scales, block, head, tokens % BLOCK_SIZE, inside, NUM_KV_HEADS, BLOCK_SIZE
+                )
+                k, k_odd = unpack_pairs(k, ASM)
+                scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision=PRECISION)
+                scores = tl.dot(q_odd, tl.trans(k_odd.to(OPERAND)), scores, input_precision=PRECISION)
+                scores = scores * k_scale[None, :]
+            else:
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
             if SOFTCAP > 0:
                 scores = softcap_scores(scores, SOFTCAP)
+            if FP8:
+                scores += v_exponent[None, :]
             scores = tl.where(inside[None, :], scores, float("-inf"))
             new_best = tl.maximum(best, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_best[:, None])
             rescale = tl.exp2(best - new_best)
-            total = total * rescale + tl.sum(weights, axis=1)
-            v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
-            acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+            v = tl.load(v_ptr + offsets, mask=mask, other=0)
+            if FP8:
+                total = total * rescale + tl.sum(weights * v_inverse[None, :], axis=1)
+                v, v_odd = unpack_pairs(v, ASM)
+                weights = weights.to(OPERAND)
+                acc = acc * rescale[:, None] + tl.dot(weights, v.to(OPERAND), input_precision=PRECISION)
+                acc_odd = acc_odd * rescale[:, None] + tl.dot(weights, v_odd.to(OPERAND), input_precision=PRECISION)
+            else:
+                total = total * rescale + tl.sum(weights, axis=1)
+                acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
             best = new_best
 
-        q = tl.load(q_ptr + next_row.to(tl.int64) * ROW + out_offsets, mask=out_mask, other=0.0)
+        q = tl.load(q_ptr + next_row.to(tl.int64) * ROW + q_offsets, mask=q_mask, other=0.0)
+        if FP8:
+            q = (q.to(tl.float32) * scale_log2).to(OPERAND)
+            q_odd = tl.load(q_ptr + next_row.to(tl.int64) * ROW + q_offsets + 1, mask=q_mask, other=0.0)
+            q_odd = (q_odd.to(tl.float32) * scale_log2).to(OPERAND)
+            acc = tl.reshape(tl.join(acc, acc_odd), (BLOCK_G, BLOCK_D))
         if SHARED:
             entry, entry_end = 0, 0
             if count == 1:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from nanovllm.kernels.paged_attention import context_slots, gather_slots, softcapped
+from nanovllm.kernels.fp8_cache import load_scales, scale_words
+from nanovllm.kernels.paged_attention import context_slots, gather_kv, softcapped
 from nanovllm.kernels.paged_decode import softcap_scores
 from nanovllm.kernels.triton_compat import tl, triton
 
@@ -76,6 +77,7 @@ def attend_shared_torch(
     buffers: SharedBuffers,
     scale: float,
     softcap: float = 0.0,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Attend every member of every item to its part of the shared tokens.
 
@@ -83,6 +85,7 @@ def attend_shared_torch(
         q: [B, Hq, D]; k_cache, v_cache: [N, P, Hkv, D]; block_tables: [R, W].
         buffers: `out` and `lse` are written at the members' results.
         softcap: see `paged_attention.softcapped`; 0: none.
+        scales: [N, Hkv, P, 2] of a cache in eight bits, see `fp8_cache`.
     """
     group = q.shape[1] // k_cache.shape[2]
     for slot, start, end, first, count, number in buffers.items.tolist():
@@ -90,7 +93,8 @@ def attend_shared_torch(
             continue
         members = buffers.members[first : first + count].long()
         tokens = context_slots(block_tables[slot : slot + 1].long(), k_cache.shape[1], end, start)
-        k, v = (gather_slots(cache, tokens)[0].float().repeat_interleave(group, 1) for cache in (k_cache, v_cache))
+        gathered = gather_kv(k_cache, v_cache, scales, tokens, torch.float32)
+        k, v = (rows[0].repeat_interleave(group, 1) for rows in gathered)
         scores = torch.einsum("bhd,nhd->bhn", q[buffers.rows[members].long()].float(), k) * scale
         if softcap:
             scores = softcapped(scores, softcap)
@@ -107,6 +111,7 @@ def attend_shared(
     buffers: SharedBuffers,
     scale: float,
     softcap: float = 0.0,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """See `attend_shared_torch`."""
     num_heads, head_dim = q.shape[1:]
@@ -124,6 +129,7 @@ def attend_shared(
         buffers.rows,
         buffers.out,
         buffers.lse,
+        scale_words(scales),
         len(q),
         scale * 1.4426950408889634,
         block_tables.stride(0),
@@ -154,6 +160,7 @@ def _shared_kernel(
     rows,
     out_ptr,
     lse_ptr,
+    scales,
     batch,
     scale_log2,
     stride_table,
@@ -171,6 +178,9 @@ def _shared_kernel(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    FP8: tl.constexpr = scales is not None
+    OPERAND: tl.constexpr = tl.float32 if q_ptr.dtype.element_ty == tl.float32 else tl.float16
+    NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     item = items + tl.program_id(0) * 6
     head = tl.program_id(1)
     count = tl.load(item + 4)
@@ -189,6 +199,8 @@ def _shared_kernel(
     heads = head * GROUP + m % GROUP
     mask = live[:, None] & (dim < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + (row * NUM_HEADS + heads)[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+    if FP8:
+        q = (q.to(tl.float32) * scale_log2).to(OPERAND)
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -200,15 +212,27 @@ def _shared_kernel(
         offsets = offsets + head * stride_head + dim[None, :]
         within = inside[:, None] & (dim < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + offsets, mask=within, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        if FP8:
+            k_scale, v_exponent, v_inverse = load_scales(
+                scales, block, head, tokens % BLOCK_SIZE, inside, NUM_KV_HEADS, BLOCK_SIZE
+            )
+            scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision=PRECISION) * k_scale[None, :]
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         if SOFTCAP > 0:
             scores = softcap_scores(scores, SOFTCAP)
+        if FP8:
+            scores += v_exponent[None, :]
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_best[:, None])
         rescale = tl.exp2(best - new_best)
-        total = total * rescale + tl.sum(weights, axis=1)
         v = tl.load(v_ptr + offsets, mask=within, other=0.0)
+        if FP8:
+            total = total * rescale + tl.sum(weights * v_inverse[None, :], axis=1)
+            v = v.to(OPERAND)
+        else:
+            total = total * rescale + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         best = new_best
     place = entry * NUM_HEADS + heads

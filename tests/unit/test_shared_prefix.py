@@ -12,6 +12,7 @@ import torch
 from nanovllm.engine import shared_prefix
 from nanovllm.engine.shared_prefix import find_shared
 from nanovllm.kernels import paged_decode as paged_decode_module
+from nanovllm.kernels.fp8_cache import quantize_rows
 from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch
 from nanovllm.kernels.paged_decode import decode_tile, make_decode_buffers, paged_decode, plan_decode
 from nanovllm.kernels.shared_prefix import (
@@ -125,8 +126,13 @@ def test_two_levels_and_what_is_not_worth_it() -> None:
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize(
-    ("seed", "block_size", "group", "kv_heads", "dim", "programs", "softcap"),
-    [(0, 16, 2, 2, 64, 1, 0.0), (1, 32, 5, 1, 80, 40, 0.0), (2, 64, 1, 2, 64, 6, 20.0), (3, 16, 8, 1, 128, 90, 0.0)],
+    ("seed", "block_size", "group", "kv_heads", "dim", "programs", "softcap", "fp8"),
+    [
+        (0, 16, 2, 2, 64, 1, 0.0, False),
+        (1, 32, 5, 1, 80, 40, 0.0, True),
+        (2, 64, 1, 2, 64, 6, 20.0, False),
+        (3, 16, 8, 1, 128, 90, 0.0, False),
+    ],
 )
 def test_attention_equals_the_plain_one(
     seed: int,
@@ -136,6 +142,7 @@ def test_attention_equals_the_plain_one(
     dim: int,
     programs: int,
     softcap: float,
+    fp8: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in (("LEAST_TOKENS", 1), ("LEAST_SAVED", 1), ("ENTRY_TOKENS", 0), ("LEAST_PART", 32)):
@@ -150,6 +157,10 @@ def test_attention_equals_the_plain_one(
     generator = torch.Generator().manual_seed(seed)
     blocks, heads = int(tree.tables.max()) + 2, group * kv_heads
     k, v = torch.randn(2, blocks, block_size, kv_heads, dim, generator=generator).to(DEVICE)
+    scales = None
+    if fp8:
+        (k, v), row_scales = quantize_rows(torch.stack((k, v * 100)))
+        scales = row_scales.permute(1, 3, 2, 0).contiguous()
     q = (2 * torch.randn(9, heads, dim, generator=generator)).to(DEVICE)
     table = torch.zeros(20, tree.tables.shape[1], dtype=torch.int32, device=DEVICE)
     table[tree.slots] = torch.from_numpy(tree.tables).to(DEVICE)
@@ -164,6 +175,7 @@ def test_attention_equals_the_plain_one(
                 None,
                 dim**-0.5,
                 softcap,
+                scales,
             )
             for row, length in enumerate(tree.lens)
         ]
@@ -178,9 +190,10 @@ def test_attention_equals_the_plain_one(
         out = torch.full_like(q, float("nan"))
         plan_decode(slots, lens, programs, buffers, tile, shared=shared)
         assert shared.rows[slots].tolist() == list(range(9))
-        attend(q, k, v, table, shared, dim**-0.5, softcap)
-        paged_decode(q, k, v, table, programs, buffers, dim**-0.5, out, tile=tile, softcap=softcap, shared=shared)
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        attend(q, k, v, table, shared, dim**-0.5, softcap, scales)
+        options = {"tile": tile, "softcap": softcap, "shared": shared, "scales": scales}
+        paged_decode(q, k, v, table, programs, buffers, dim**-0.5, out, **options)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4 * (100 if fp8 else 1))
 
 
 def load(buffers: SharedBuffers, found: SharedPrefixes) -> None:

@@ -103,7 +103,13 @@ class TritonBackend(SharingBackend):
         return most_prefill_tiles(tokens, chunks, self.num_heads // self.num_kv_heads)
 
     def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: TritonPlan, spec: AttentionSpec
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        plan: TritonPlan,
+        spec: AttentionSpec,
+        scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
         batch = plan.batch
@@ -112,7 +118,9 @@ class TritonBackend(SharingBackend):
         if decodes:
             shared = self.shared if batch.shares and not spec.window else None
             if shared is not None:
-                attend_shared(q[:decodes], k_cache, v_cache, batch.block_tables, shared, spec.scale, spec.softcap)
+                attend_shared(
+                    q[:decodes], k_cache, v_cache, batch.block_tables, shared, spec.scale, spec.softcap, scales
+                )
             paged_decode(
                 q[:decodes],
                 k_cache,
@@ -126,6 +134,7 @@ class TritonBackend(SharingBackend):
                 window=spec.window,
                 softcap=spec.softcap,
                 shared=shared,
+                scales=scales,
                 other_kernel_between=True,  # the one that stores the keys
             )
         if plan.tiles is not None:
@@ -139,5 +148,6 @@ class TritonBackend(SharingBackend):
                 out,
                 window=spec.window,
                 softcap=spec.softcap,
+                scales=scales,
             )
         return out
