@@ -45,8 +45,9 @@ class EngineConfig(BaseModel):
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights of the config's shapes.")
     enable_prefix_caching: bool = Field(True, description="Reuse the KV of equal prompt prefixes, block by block.")
     shared_prefix_attention: bool = Field(
-        False,
-        description="Attend once to what many sequences share, where that saves reading; needs the attention backend triton.",
+        True,
+        description="Attend once to the cached prefix that many sequences share, where that saves reading; only the attention backend "
+        "triton has it.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seeds requests that bring no seed of their own.")
     reasoning: bool = Field(
@@ -91,6 +92,11 @@ class EngineConfig(BaseModel):
                 "attention_backend='flash' does not read kv_cache_dtype='fp8'; use attention_backend=auto, or kv_cache_dtype=auto"
             )
         return self
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether decodes may attend once to what they share: only what is cached is shared."""
+        return self.shared_prefix_attention and self.enable_prefix_caching
 
     @classmethod
     def create(cls, model: str, **options: Any) -> EngineConfig:

@@ -29,7 +29,7 @@ BF16, F32, I32, I64 = "*bf16", "*fp32", "*i32", "*i64"
 FP8, I8, I16, U8 = "*fp8e4nv", "*i8", "*i16", "*u8"
 QKV = {"q_ptr": BF16, "k_ptr": BF16, "v_ptr": BF16, "out_ptr": BF16, "block_tables": I32}
 DECODE = {**QKV, "starts": I32, "items": I32, "partial_out": F32, "partial_lse": F32, "arrived": I32}
-DECODE |= {"entries": I32, "entry_counts": I32, "shared_out": F32, "shared_lse": F32}
+DECODE |= {"shared_out": F32, "shared_lse": F32}
 DECODE_SHAPE = {
     "NUM_KV_HEADS": 8,
     "GROUP": 2,
@@ -39,7 +39,7 @@ DECODE_SHAPE = {
     "BLOCK_SIZE": 64,
     "TILE": 64,
 }
-DECODE_SHAPE |= {"MERGE_G": 2, "MERGE_J": 32, "STAGES": 6, "PRECISION": "tf32", "ASM": True, "PDL": True}
+DECODE_SHAPE |= {"MERGE_G": 2, "MERGE_J": 32, "SHARED_J": 8, "STAGES": 6, "PRECISION": "tf32", "ASM": True, "PDL": True}
 PREFILL_SHAPE = {"NUM_HEADS": 16, "GROUP": 2, "HEAD_DIM": 128, "BLOCK_D": 128, "BLOCK_SIZE": 64, "BLOCK_M": 64}
 PREFILL_SHAPE |= {"BLOCK_N": 64, "STAGES": 3, "PRECISION": "tf32"}
 PLAN_SHAPE = {"TILE": 64, "MIN_TILES": 4, "ITEM_TILES": 2, "BLOCK_B": 256, "BLOCK_P": 256}
@@ -75,9 +75,11 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         prefill = {**QKV, "tiles": I32, **scaled}
         found.append((f"prefill, {kind}", paged_prefill._prefill_kernel, prefill | values, PREFILL_SHAPE | switches))
         plan = {"slots": I64, "context_lens": I64, "starts": I32, "items": I32, "skipped": I32, "row_of": I32}
+        plan |= {"entries": I32, "entry_counts": I32}
         found.append((f"plan, {kind}", paged_decode._plan_kernel, plan, PLAN_SHAPE | switches))
-        part = {**QKV, "items": I32, "members": I32, "entries": I32, "rows": I32, "out_ptr": F32, "lse_ptr": F32}
-        shape = PREFILL_SHAPE | switches | {"ROWS": 64, "TILE": 64}
+        part = {**QKV, "items": I32, "num_items": I32, "members": I32, "entries": I32, "rows": I32}
+        part |= {"out_ptr": F32, "lse_ptr": F32}
+        shape = PREFILL_SHAPE | switches | {"ROWS": 64, "TILE": 64, "PDL": True}
         found.append((f"shared, {kind}", shared_prefix._shared_kernel, part | values | scaled, shape))
     for rotary, weight, cache in ((96, BF16, BF16), (128, F32, FP8)):
         types = ROPE | {"q_weight": weight, "k_weight": weight, "k_cache": cache, "v_cache": cache}

@@ -21,6 +21,7 @@ from nanovllm.engine.cuda_graph import (
     MaskedSampling,
     graph_sizes,
     most_chunk_tokens,
+    sparse_graph_sizes,
 )
 from nanovllm.engine.device_state import DeviceState
 from nanovllm.engine.extended_sampler import ExtendedSampler
@@ -211,7 +212,9 @@ class ModelRunner:
         # By whether some sequence has a low-rank adapter, and whether decodes share prefixes, so that other steps do nothing for it.
         self.graphs: dict[tuple[bool, bool], StepGraphs] = {}
         self.shares = False
-        if config.shared_prefix_attention and isinstance(self.backend, SharingBackend):
+        self.can_share = False
+        if config.shares_prefixes and isinstance(self.backend, SharingBackend):
+            self.can_share = True
             self.backend.enable_sharing(Capacity.of(self.max_num_seqs), self.max_num_seqs + 1)
         self.extended_sampler = ExtendedSampler(
             self.model.lm_head, self.state.temperatures, self.state.seeds, self.state.steps
@@ -269,6 +272,7 @@ class ModelRunner:
                 "leave it out to have the pool sized from free memory"
             ) from None
         backend = type(self.backend).__name__.removesuffix("Backend").lower()
+        backend += " (shared prefixes once)" if self.can_share else ""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         dtype = str(self.dtype).removeprefix("torch.")
         pool = f"{num_blocks} KV blocks of {self.config.kvcache_block_size} tokens ({num_blocks * self.block_bytes >> 20} MiB)"
@@ -292,6 +296,10 @@ class ModelRunner:
             self.backend.load_shared(step.shared)
         graphs = self._graphs_of(step.adapted, step.shares) if self.graphs else None
         decodes = step.num_decodes == len(step.slots)
+        if decodes and step.shares and graphs is not None:
+            of_step = graphs.forward if step.extended else graphs.whole
+            if not of_step.often(step.num_decodes):  # each for itself gives the same, and those graphs are there
+                graphs, self.shares = self._graphs_of(step.adapted, False), False
         if decodes and graphs is not None and not step.extended:
             return StepCopy(graphs.whole.replay(step.slots)[0])
         if not decodes:
@@ -338,10 +346,11 @@ class ModelRunner:
         found = self.graphs.get((adapted, shares))
         if found is None:
             first = self.graphs.get((False, False))
-            found = self.graphs[adapted, shares] = self._make_graphs(None if first is None else first.whole.pool)
+            found = self._make_graphs(None if first is None else first.whole.pool, sparse=shares)
+            self.graphs[adapted, shares] = found
         return found
 
-    def _make_graphs(self, pool: tuple[int, int] | None = None) -> StepGraphs:
+    def _make_graphs(self, pool: tuple[int, int] | None = None, sparse: bool = False) -> StepGraphs:
         def whole(slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return (self._sample(self._decode(slots, None)),)
 
@@ -350,8 +359,8 @@ class ModelRunner:
             return step.hidden, step.lens
 
         count, padding = self.max_num_seqs, self.state.padding_slot
-        steps = DecodeGraphs(whole, count, padding, self.device, pool)
-        forwards = DecodeGraphs(forward, count, padding, self.device, steps.pool)
+        steps = DecodeGraphs(whole, count, padding, self.device, pool, sparse)
+        forwards = DecodeGraphs(forward, count, padding, self.device, steps.pool, sparse)
         return StepGraphs(steps, forwards, self._make_chunk_graphs(steps.pool))
 
     def _make_chunk_graphs(self, pool: tuple[int, int]) -> ChunkGraphs | None:
@@ -501,6 +510,11 @@ class ModelRunner:
         lens = _lens_of(self.config.max_num_batched_tokens, count, self.max_model_len)
         self._run(_warm_up_step(lens, decode=False))
         graph_bytes = 0
+        if (
+            self.can_share
+        ):  # compiled here, not in the middle of a job: the plan has a form for up to 256 sequences, and one for more
+            for size in sorted({min(count, 256), count}):
+                self._run(_warm_up_step([1] * size, decode=True)._replace(shares=True))
         if self.uses_graphs:
             before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -511,7 +525,9 @@ class ModelRunner:
             peak = torch.cuda.max_memory_allocated(self.device) - before
             # Only one graph runs at a time, so they share the largest one's memory; each has its own description.
             graphs = 2 * len(graph_sizes(count)) + MAX_CHUNK_GRAPHS
-            graphs *= (1 + bool(self.config.lora_adapters)) * (1 + self.config.shared_prefix_attention)
+            if self.can_share:
+                graphs += 2 * len(sparse_graph_sizes(count)) + MAX_CHUNK_GRAPHS
+            graphs *= 1 + bool(self.config.lora_adapters)
             graph_bytes = peak * 5 // 4 + graphs * len(self.attention_layers) * GRAPH_LAYER_BYTES
             # Of masked sampling, whose graphs are no larger than a layer's part of another.
             graph_bytes += len(graph_sizes(count)) * GRAPH_LAYER_BYTES

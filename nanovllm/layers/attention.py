@@ -19,7 +19,7 @@ from torch import nn
 from nanovllm.errors import UserError
 from nanovllm.kernels.triton_compat import HAS_TRITON
 from nanovllm.utils.context import ForwardContext
-from nanovllm.utils.prefixes import Capacity, SharedPrefixes
+from nanovllm.utils.prefixes import Capacity, SharedPrefixes, SharingShape
 
 Ints = npt.NDArray[np.int64]
 NO_CHUNKS = np.zeros(0, dtype=np.int64)
@@ -143,8 +143,8 @@ class SharingBackend(AttentionBackend):
 
     @classmethod
     @abstractmethod
-    def shared_tile(cls, group: int) -> int:
-        """Sequences that are attended together to what they share, where `group` query heads share a KV head."""
+    def sharing_shape(cls, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> SharingShape:
+        """Into what items of work sharing is cut, on a rank with these heads and a cache of `dtype`."""
 
     @abstractmethod
     def enable_sharing(self, capacity: Capacity, slots: int) -> None:
