@@ -10,6 +10,7 @@ import torch
 
 from nanovllm.kernels.paged_decode import (
     DecodeBuffers,
+    decode_launch,
     decode_programs,
     decode_tile,
     make_decode_buffers,
@@ -40,7 +41,8 @@ class TritonBackend(SharingBackend):
     def prepare(self) -> None:
         """Buffers for the largest step."""
         self.tile = decode_tile(self.head_dim, self.dtype)
-        self.programs = decode_programs(self.num_kv_heads, self.device)
+        self.launch = decode_launch(self.dtype)
+        self.programs = decode_programs(self.num_kv_heads, self.device, self.launch.programs_per_sm)
         self.buffers = make_decode_buffers(
             self.max_num_seqs, self.programs, self.num_heads, self.num_kv_heads, self.head_dim, self.device
         )
@@ -131,6 +133,7 @@ class TritonBackend(SharingBackend):
                 spec.scale,
                 out[:decodes],
                 tile=self.tile,
+                launch=self.launch,
                 window=spec.window,
                 softcap=spec.softcap,
                 shared=shared,
