@@ -45,11 +45,12 @@ except ImportError:
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
 Row = dict[str, Any]
+DEFAULTS = paged_decode.decode_launch(DTYPE)
 DECODE_DEFAULTS = (
-    paged_decode.PROGRAMS_PER_SM,
+    DEFAULTS.programs_per_sm,
     paged_decode.decode_tile(128, DTYPE),
-    paged_decode.NUM_STAGES,
-    paged_decode.NUM_WARPS,
+    DEFAULTS.num_stages,
+    DEFAULTS.num_warps,
     paged_decode.ITEM_TILES,
 )
 
@@ -160,7 +161,7 @@ class Cache:
         )
         out = torch.full_like(q, float("nan"))
         paged_decode.plan_decode(self.slots, self.lens, programs, buffers, tile=tile, item_tiles=item_tiles)
-        options = {"tile": tile, "num_stages": stages, "num_warps": warps, "max_registers": registers}
+        options = {"tile": tile, "launch": paged_decode.DecodeLaunch(per_sm, stages, warps, registers)}
         return [
             partial(
                 paged_decode.paged_decode, q, k, v, self.tables, programs, buffers, self.scale, out,
@@ -235,7 +236,7 @@ def decode_section(block_size: int) -> list[Row]:
             row = {"batch": batch, "kernel": "FlashAttention-3", "us": round(layer_us(theirs), 1)}
             rows.append(row | {"difference": difference(out, theirs[0]())})
             print(rows[-1], flush=True)
-        programs = paged_decode.decode_programs(8, DEVICE)
+        programs = paged_decode.decode_programs(8, DEVICE, DEFAULTS.programs_per_sm)
         buffers = paged_decode.make_decode_buffers(batch, programs, 16, 8, 128, DEVICE)
         us = layer_us([lambda: paged_decode.plan_decode(cache.slots, cache.lens, programs, buffers, 64)] * 8)
         rows.append({"batch": batch, "kernel": "plan_decode", "us": round(us, 1)})

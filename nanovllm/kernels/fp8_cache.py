@@ -101,19 +101,17 @@ def unpack_pairs(pairs, ASM: tl.constexpr):
     """The e4m3 values in the low and high bytes of 16-bit words, as float16.
 
     Words, because a product's second operand of 8-bit elements cannot be read across its rows (`ldmatrix.trans`) and would come
-    byte by byte. `ASM`: as two instructions for two values; for a GPU.
+    byte by byte. `ASM`: as three instructions for four values; for a GPU.
     """
     if ASM:
         low, high = tl.inline_asm_elementwise(
             """{
-            .reg .b32 low, high;
-            .reg .b16 low_pair, high_pair;
-            prmt.b32 low, $2, 0, 0x0020;
-            prmt.b32 high, $2, 0, 0x0031;
-            cvt.u16.u32 low_pair, low;
-            cvt.u16.u32 high_pair, high;
-            cvt.rn.f16x2.e4m3x2 $0, low_pair;
-            cvt.rn.f16x2.e4m3x2 $1, high_pair;
+            .reg .b32 sorted;
+            .reg .b16 low, high;
+            prmt.b32 sorted, $2, 0, 0x3120;
+            mov.b32 {low, high}, sorted;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
             }""",
             "=r,=r,r",
             [pairs],

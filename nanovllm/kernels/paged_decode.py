@@ -13,17 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from nanovllm.kernels.fp8_cache import load_scales, scale_words, unpack_pairs
+from nanovllm.kernels.fp8_cache import FP8, load_scales, scale_words, unpack_pairs
 from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 if TYPE_CHECKING:
     from nanovllm.kernels.shared_prefix import SharedBuffers
 
-# How deep the pipeline is that reads the tiles, and the warps of a program (bench/NOTES.md).
-NUM_STAGES = 6
-NUM_WARPS = 4
-# Programs a multiprocessor, and multiprocessors where there is no GPU to ask.
-PROGRAMS_PER_SM = 2
+# Multiprocessors where there is no GPU to ask.
 DEFAULT_SMS = 132
 # Joining partial results costs more than shorter parts gain.
 MIN_PART_TOKENS = 256
@@ -35,12 +31,36 @@ SHARED_VALUES = 2048
 ITEM_TILES = 2
 
 
+class DecodeLaunch(NamedTuple):
+    """How the kernel is launched (bench/NOTES.md).
+
+    Attributes:
+        programs_per_sm: programs a multiprocessor.
+        num_stages: how deep the pipeline is that reads the tiles; num_warps: of a program.
+        max_registers: of a thread; None: as many as it takes, which leaves room for two programs.
+    """
+
+    programs_per_sm: int = 2
+    num_stages: int = 6
+    num_warps: int = 4
+    max_registers: int | None = None
+
+
+# Tiles of half the bytes take as long to compute: more programs work on them at a time.
+FP8_LAUNCH = DecodeLaunch(programs_per_sm=3, num_stages=8, max_registers=168)
+
+
+def decode_launch(dtype: torch.dtype) -> DecodeLaunch:
+    """The launch for a cache of `dtype`."""
+    return FP8_LAUNCH if dtype == FP8 else DecodeLaunch()
+
+
 def decode_tile(head_dim: int, dtype: torch.dtype) -> int:
     """Tokens a program reads at a time: the keys of a tile and the values are 16 KiB each, or less."""
     return int(max(16, min(64, (1 << 14) // (triton.next_power_of_2(head_dim) * dtype.itemsize))))
 
 
-def decode_programs(num_kv_heads: int, device: torch.device, per_sm: int = PROGRAMS_PER_SM) -> int:
+def decode_programs(num_kv_heads: int, device: torch.device, per_sm: int) -> int:
     """Programs a KV head."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else DEFAULT_SMS
     return -(-sms * per_sm // num_kv_heads)
@@ -214,9 +234,7 @@ def paged_decode(
     out: torch.Tensor,
     *,
     tile: int,
-    num_stages: int = NUM_STAGES,
-    num_warps: int = NUM_WARPS,
-    max_registers: int | None = None,
+    launch: DecodeLaunch = DecodeLaunch(),  # noqa: B008 - a constant
     other_kernel_between: bool = False,
     window: int = 0,
     softcap: float = 0.0,
@@ -229,6 +247,7 @@ def paged_decode(
         q: [B, Hq, D]; out: [B, Hq, D], written.
         k_cache, v_cache: [N, P, Hkv, D], any strides with the last dimension contiguous.
         block_tables: [R, W].
+        launch: `decode_launch` of the cache's type.
         other_kernel_between: another kernel was launched between the plan and this: its end is waited for only after the
             plan has been read.
         window: as planned; softcap: see `paged_attention.softcapped`, 0: none.
@@ -266,7 +285,7 @@ def paged_decode(
         MERGE_G=merge_g,
         MERGE_J=max(2, MERGE_VALUES // (merge_g * block_d)),
         SHARED_J=max(1, SHARED_VALUES // (merge_g * block_d)),
-        STAGES=num_stages,
+        STAGES=launch.num_stages,
         WINDOWED=window > 0,
         SHARED=shared is not None,
         SOFTCAP=softcap * 1.4426950408889634,
@@ -274,8 +293,8 @@ def paged_decode(
         ASM=q.is_cuda,
         PDL=pdl,
         launch_pdl=pdl,
-        num_warps=num_warps,
-        maxnreg=max_registers,
+        num_warps=launch.num_warps,
+        maxnreg=launch.max_registers,
     )
 
 
@@ -355,7 +374,8 @@ def _decode_kernel(
         next_row, next_slot, next_start, next_end, next_first, next_count = _load_item(items, next_item)
         table = block_tables + slot.to(tl.int64) * stride_table
         best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_G,), tl.float32)
+        # Added up over the tokens of a tile at the end: a sum over warps in every tile would stop them all.
+        totals = tl.zeros((BLOCK_G, TILE), tl.float32)
         acc = tl.zeros((BLOCK_G, BLOCK_D // PACK), tl.float32)
         if FP8:
             acc_odd = tl.zeros((BLOCK_G, BLOCK_D // 2), tl.float32)
@@ -402,16 +422,17 @@ def _decode_kernel(
             rescale = tl.exp2(best - new_best)
             v = tl.load(v_ptr + offsets, mask=mask, other=0)
             if FP8:
-                total = total * rescale + tl.sum(weights * v_inverse[None, :], axis=1)
+                totals = totals * rescale[:, None] + weights * v_inverse[None, :]
                 v, v_odd = unpack_pairs(v, ASM)
                 weights = weights.to(OPERAND)
                 acc = acc * rescale[:, None] + tl.dot(weights, v.to(OPERAND), input_precision=PRECISION)
                 acc_odd = acc_odd * rescale[:, None] + tl.dot(weights, v_odd.to(OPERAND), input_precision=PRECISION)
             else:
-                total = total * rescale + tl.sum(weights, axis=1)
+                totals = totals * rescale[:, None] + weights
                 acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
             best = new_best
 
+        total = tl.sum(totals, axis=1)
         q = tl.load(q_ptr + next_row.to(tl.int64) * ROW + q_offsets, mask=q_mask, other=0.0)
         if FP8:
             q = (q.to(tl.float32) * scale_log2).to(OPERAND)

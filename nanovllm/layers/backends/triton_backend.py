@@ -10,6 +10,7 @@ import torch
 
 from nanovllm.kernels.paged_decode import (
     DecodeBuffers,
+    decode_launch,
     decode_programs,
     decode_tile,
     make_decode_buffers,
@@ -40,7 +41,8 @@ class TritonBackend(SharingBackend):
     def prepare(self) -> None:
         """Buffers for the largest step."""
         self.tile = decode_tile(self.head_dim, self.dtype)
-        self.programs = decode_programs(self.num_kv_heads, self.device)
+        self.launch = decode_launch(self.dtype)
+        self.programs = decode_programs(self.num_kv_heads, self.device, self.launch.programs_per_sm)
         self.buffers = make_decode_buffers(
             self.max_num_seqs, self.programs, self.num_heads, self.num_kv_heads, self.head_dim, self.device
         )
@@ -56,7 +58,7 @@ class TritonBackend(SharingBackend):
     @classmethod
     def sharing_shape(cls, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> SharingShape:
         """See `SharingBackend.sharing_shape`. Whoever plans may have no GPU to ask how many programs it runs."""
-        items = decode_programs(num_kv_heads, torch.device("cpu"))
+        items = decode_programs(num_kv_heads, torch.device("cpu"), decode_launch(dtype).programs_per_sm)
         return SharingShape(
             members_of_tile(num_heads // num_kv_heads), items, 2 * num_kv_heads * head_dim * dtype.itemsize
         )
@@ -143,6 +145,7 @@ class TritonBackend(SharingBackend):
                 spec.scale,
                 out[:decodes],
                 tile=self.tile,
+                launch=self.launch,
                 window=spec.window,
                 softcap=spec.softcap,
                 shared=shared,
