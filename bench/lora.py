@@ -100,10 +100,11 @@ def main() -> None:
         load_s = time.perf_counter() - start
     work = spec.make(llm.model_config.vocab_size)
     kinds: dict[str, list[str | None]] = {"base": [None], "mixed": sorted(adapters)}
-    short = Workload([[1, 2, 3]] * args.adapters, [32] * args.adapters)
+    # Not timed: the same prompts, so that all sizes of steps are compiled and captured, and few tokens.
+    short = work._replace(max_tokens=[min(n, 32) for n in work.max_tokens])
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for names in kinds.values():
-        timed_run(llm, short, 0, names, args.temperature)
+        timed_run(llm, short, 2 * args.runs, names, args.temperature)
     for run in range(args.runs):
         for name, names in kinds.items():
             seconds[name].append(timed_run(llm, work, 2 * run + (name == "mixed"), names, args.temperature))

@@ -23,6 +23,7 @@ from nanovllm.kernels import (
     quantize,
     scaled_linear,
     shared_prefix,
+    skinny_linear,
 )
 
 BF16, F32, I32, I64 = "*bf16", "*fp32", "*i32", "*i64"
@@ -139,8 +140,27 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     }
     for block_m, out in ((16, BF16), (64, F32)):
         shape = {"BLOCK_M": block_m, "RANK": 16, "BLOCK_K": lora.BLOCK_K, "SPLITS": 2, "COLUMNS": 128, "PDL": True}
+        shape |= {"OLD_X": block_m == 16, "ALIGNED": block_m == 16}
         found.append((f"shrink {block_m}", lora._shrink_kernel, low_rank, shape))
         found.append((f"expand {block_m} {out}", lora._expand_kernel, low_rank | {"out_ptr": out}, shape))
+    skinny = {"x_ptr": BF16, "weight_ptr": BF16, "out_ptr": BF16, "low_ptr": F32, "b_ptr": BF16}
+    skinny |= {"adapters_ptr": I32, "parts_ptr": I32}
+    for rows, n, gated, adapters in ((256, 3072, True, 0), (256, 3072, True, 8), (64, 1024, False, 8)):
+        tiles = skinny_linear.skinny_tiles(rows, n, 1024, 132, gated=gated, partial=not gated)
+        assert tiles is not None
+        shape = {
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_K": 64,
+            "STAGES": tiles.stages,
+            "GATED": gated,
+        }
+        shape |= {"LOW_SPLITS": 2 if adapters else 0, "LOW_WIDTH": 32, "ADAPTERS": adapters, "RANK": 16, "BLOCK_R": 128}
+        shape |= {"PART_COLUMNS": 32, "PRECISION": "tf32", "PDL": True, "num_warps": tiles.warps, "bias_ptr": None}
+        out = skinny | {"out_ptr": BF16 if tiles.splits == 1 else F32}
+        found.append(
+            (f"skinny {rows}, gated {gated}, adapters {adapters}", skinny_linear._skinny_linear_kernel, out, shape)
+        )
     summed = {"outer_ptr": BF16, "ids_ptr": I32, "weights_ptr": F32, "out_ptr": BF16}
     found.append(("weighted sum", fused_moe._weighted_sum_kernel, summed, {"TOP_K": 8, "BLOCK": 1024, "PDL": True}))
     return [*found, *quantized_forms()]

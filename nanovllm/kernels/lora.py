@@ -3,7 +3,7 @@
 T tokens of K features; L adapters of rank R each; P matrices of one input side by side (query, key and value, say), whose rows of `out`
 follow each other. An adapter's matrices are padded with zeros to R, which is a power of two of 16 or more.
 Tokens are grouped by adapter once a step (`kernels.grouping`); those without one are in no group and cost nothing. A layer is then two
-launches: to the low rank and back. Source of the method: S-LoRA (arXiv 2311.03285), Punica (arXiv 2310.18547).
+launches, to the low rank and back, or one where the layer's own product can end in the second (`LowRank`). Source of the method: S-LoRA (arXiv 2311.03285), Punica (arXiv 2310.18547).
 """
 
 from __future__ import annotations
@@ -34,10 +34,34 @@ class AdapterGroups(NamedTuple):
 
 
 class ColumnTiles(NamedTuple):
-    """The columns of P matrices cut into tiles of up to `size` of one matrix each: [C, 3] int32 matrix, first column, its matrix's end."""
+    """The columns of P matrices cut into tiles of up to `size` of one matrix each: [C, 3] int32 matrix, first column, its matrix's end.
+
+    `aligned`: all of them are multiples of 16.
+    """
 
     tiles: torch.Tensor
     size: int
+    aligned: bool
+
+
+class LowRank(NamedTuple):
+    """What a product of `kernels.skinny_linear` adds to its result: for token t the product of its low rank with its adapter's B.
+
+    Attributes:
+        low: [S, T, P * R] float32 of `shrink`; b: [L, N, R]; adapters: [T] int32, -1 for none.
+        parts: [N / PART_COLUMNS] int32, the matrix each column belongs to.
+    """
+
+    low: torch.Tensor
+    b: torch.Tensor
+    adapters: torch.Tensor
+    parts: torch.Tensor
+
+
+# Columns that an element of `LowRank.parts` stands for.
+PART_COLUMNS = 32
+# Most columns of all adapters' low ranks that a product goes through for every token.
+MOST_APPENDED = 512
 
 
 def group_adapters(adapters: torch.Tensor, count: int) -> AdapterGroups:
@@ -54,7 +78,15 @@ def column_tiles(starts: list[int], device: torch.device) -> ColumnTiles:
         for part, (start, end) in enumerate(itertools.pairwise(starts))
         for column in range(start, end, size)
     ]
-    return ColumnTiles(torch.tensor(tiles, dtype=torch.int32, device=device), size)
+    return ColumnTiles(
+        torch.tensor(tiles, dtype=torch.int32, device=device), size, all(start % 16 == 0 for start in starts)
+    )
+
+
+def part_columns(starts: list[int], device: torch.device) -> torch.Tensor:
+    """`LowRank.parts` of a layer whose matrices begin at `starts`."""
+    parts = [sum(start <= column for start in starts[1:-1]) for column in range(0, starts[-1], PART_COLUMNS)]
+    return torch.tensor(parts, dtype=torch.int32, device=device)
 
 
 def lora_add_torch(
@@ -90,14 +122,49 @@ def lora_add(
 ) -> torch.Tensor:
     """See `lora_add_torch`; `groups` of the step's adapters and `columns` of the layer's starts.
 
-    `x` must be there before the kernel that is launched last has begun; that one may be what makes `out`.
+    The kernel that is launched last must not be what makes `x`; it may be what makes `out`.
     """
-    tokens, features = x.shape
+    tokens, width = len(x), a.shape[1]
     if not tokens:
         return out
-    _, width, _ = a.shape
     rank = b.shape[2]
-    assert x.stride(1) == 1 and out.stride(1) == 1 and a.is_contiguous() and b.is_contiguous()
+    assert out.stride(1) == 1 and b.is_contiguous()
+    low = shrink(x, a, rank, groups, x_is_old=True)
+    pdl = use_pdl(x)
+    _expand_kernel[(len(columns.tiles), len(groups.plan))](
+        low,
+        b,
+        out,
+        groups.order,
+        groups.plan,
+        columns.tiles,
+        tokens,
+        width,
+        out.stride(0),
+        b.shape[1],
+        SPLITS=len(low),
+        BLOCK_M=groups.block_m,
+        RANK=rank,
+        COLUMNS=columns.size,
+        ALIGNED=columns.aligned,
+        PDL=pdl,
+        launch_pdl=pdl,
+        num_warps=4,
+    )
+    return out
+
+
+def shrink(x: torch.Tensor, a: torch.Tensor, rank: int, groups: AdapterGroups, *, x_is_old: bool) -> torch.Tensor:
+    """`x` [T, K] times its tokens' rows of `a` [L, P * R, K]: [S, T, P * R] float32, to be added up over S.
+
+    Rows of tokens without adapters are not written.
+
+    Args:
+        x_is_old: the kernel that was launched last is not what makes `x`, so that this one may run beside it.
+    """
+    tokens, features = x.shape
+    width = a.shape[1]
+    assert x.stride(1) == 1 and a.is_contiguous()
     splits = max(1, min(groups.splits, features // SPLIT_FEATURES))
     split_features = triton.cdiv(triton.cdiv(features, splits), BLOCK_K) * BLOCK_K
     splits = triton.cdiv(features, split_features)
@@ -117,30 +184,12 @@ def lora_add(
         BLOCK_M=groups.block_m,
         RANK=rank,
         BLOCK_K=BLOCK_K,
+        OLD_X=x_is_old,
         PDL=pdl,
         launch_pdl=pdl,
         num_warps=4,
     )
-    _expand_kernel[(len(columns.tiles), len(groups.plan))](
-        low,
-        b,
-        out,
-        groups.order,
-        groups.plan,
-        columns.tiles,
-        tokens,
-        width,
-        out.stride(0),
-        b.shape[1],
-        SPLITS=splits,
-        BLOCK_M=groups.block_m,
-        RANK=rank,
-        COLUMNS=columns.size,
-        PDL=pdl,
-        launch_pdl=pdl,
-        num_warps=4,
-    )
-    return out
+    return low
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -158,9 +207,10 @@ def _shrink_kernel(
     BLOCK_M: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OLD_X: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """low[split, m, r] = sum over the split's k of x[t, k] * a[adapter, r, k], where t is the token at place m."""
+    """low[split, t, r] = sum over the split's k of x[t, k] * a[adapter of t, r, k]."""
     r = tl.program_id(0) * RANK + tl.arange(0, RANK)
     split = tl.program_id(1)
     tile = plan + tl.program_id(2) * 4
@@ -174,6 +224,9 @@ def _shrink_kernel(
     k = tl.arange(0, BLOCK_K)
     x_tile = x_ptr + t[:, None] * stride_x + (first + k)[None, :]
     a_tile = a_ptr + (adapter * width + r[None, :]).to(tl.int64) * features + (first + k)[:, None]
+    if PDL and not OLD_X:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros((BLOCK_M, RANK), tl.float32)
     for base in tl.range(0, size, BLOCK_K, num_stages=4):
         rest = k < size - base
@@ -181,11 +234,11 @@ def _shrink_kernel(
         acc = tl.dot(x, tl.load(a_tile, mask=rest[:, None], other=0.0), acc, input_precision="ieee")
         x_tile += BLOCK_K
         a_tile += BLOCK_K
-    if PDL:
+    if PDL and OLD_X:
         # Nothing above was made by the kernel before, whose time this one's takes.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    place = low_ptr + (split * tokens + m[:, None]).to(tl.int64) * width + r[None, :]
+    place = low_ptr + (split * tokens + t[:, None]) * width + r[None, :]
     tl.store(place, acc, mask=inside[:, None])
 
 
@@ -205,19 +258,23 @@ def _expand_kernel(
     BLOCK_M: tl.constexpr,
     RANK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[t, n] += sum over r of low[m, r of n's matrix] * b[adapter, n, r], where t is the token at place m."""
+    """out[t, n] += sum over r of low[t, r of n's matrix] * b[adapter of t, n, r]."""
     tile = plan + tl.program_id(1) * 4
     adapter = tl.load(tile)
     m = tl.load(tile + 1) + tl.arange(0, BLOCK_M)
     inside = (m < tl.load(tile + 2)) & (adapter >= 0)
     columns = column_tiles + tl.program_id(0) * 3
-    n = tl.load(columns + 1) + tl.arange(0, COLUMNS)
-    in_matrix = n < tl.load(columns + 2)
+    column, end = tl.load(columns + 1), tl.load(columns + 2)
+    if ALIGNED:
+        column, end = tl.multiple_of(column, 16), tl.multiple_of(end, 16)
+    n = column + tl.arange(0, COLUMNS)
+    in_matrix = n < end
     r = tl.arange(0, RANK)
-    low_place = low_ptr + m[:, None].to(tl.int64) * width + tl.load(columns) * RANK + r[None, :]
     t = tl.load(order + m, mask=inside, other=0).to(tl.int64)
+    low_place = low_ptr + t[:, None] * width + tl.load(columns) * RANK + r[None, :]
     b = tl.load(
         b_ptr + (adapter * all_rows + n[None, :]).to(tl.int64) * RANK + r[:, None],
         mask=in_matrix[None, :] & (adapter >= 0),

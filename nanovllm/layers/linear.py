@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nanovllm.kernels.skinny_linear import choose_tiles, skinny_linear
+from nanovllm.kernels.lora import LowRank
+from nanovllm.kernels.skinny_linear import SkinnyTiles, choose_tiles, skinny_linear
 from nanovllm.layers.activation import gelu_and_mul, silu_and_mul
 from nanovllm.layers.lora import LoraWeights
 from nanovllm.layers.parallel import TensorParallel
@@ -54,6 +55,21 @@ class ParallelLinear(nn.Module):
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`x` [T, in_features] times the weight, plus `bias`: [T, out_features]."""
         return F.linear(x, self.weight, bias) if self.quantized is None else self.quantized.linear(x, bias)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the layer has adapters, and some token of the step one."""
+        return self.lora is not None and self.lora.active
+
+    def low_rank(self, x: torch.Tensor, tiles: SkinnyTiles | None) -> LowRank | None:
+        """What a product of `x` in `tiles` is to add for the tokens' adapters; None: nothing, or `adapted` does it."""
+        if self.lora is None or tiles is None or not self.lora.active:
+            return None
+        return self.lora.low_rank(x, tiles.block_n)
+
+    def adapted(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """`out`, the product of `x`, or partial sums of it, with what the tokens' adapters add."""
+        return self.lora.add(x, out) if self.lora is not None and self.lora.active else out
 
 
 class ColumnParallelLinear(ParallelLinear):
@@ -102,8 +118,12 @@ class ColumnParallelLinear(ParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] -> [T, sum of this rank's rows]."""
         tiles = None if self.quantized is not None else choose_tiles(x, self.weight)
-        out = self.product(x, self.bias) if tiles is None else skinny_linear(x, self.weight, tiles, self.bias)
-        return self.lora.add(x, out) if self.lora is not None and self.lora.active else out
+        low_rank = self.low_rank(x, tiles)
+        if tiles is not None:
+            out = skinny_linear(x, self.weight, tiles, self.bias, low_rank=low_rank)
+        else:
+            out = self.product(x, self.bias)
+        return out if low_rank is not None else self.adapted(x, out)
 
 
 class GatedColumnParallelLinear(ColumnParallelLinear):
@@ -125,12 +145,11 @@ class GatedColumnParallelLinear(ColumnParallelLinear):
         """[T, in_features] -> [T, this rank's rows of one part]."""
         if self.activation != "silu":
             return gelu_and_mul(super().forward(x))
-        if self.lora is not None and self.lora.active:
-            return silu_and_mul(super().forward(x))
         tiles = None if self.quantized is not None else choose_tiles(x, self.weight, gated=True)
-        if tiles is not None:
-            return skinny_linear(x, self.weight, tiles, self.bias, gated=True)
-        return silu_and_mul(self.product(x, self.bias))
+        low_rank = self.low_rank(x, tiles)
+        if tiles is not None and (low_rank is not None or not self.has_adapters):
+            return skinny_linear(x, self.weight, tiles, self.bias, gated=True, low_rank=low_rank)
+        return silu_and_mul(self.adapted(x, self.product(x, self.bias)))
 
 
 def qkv_parallel_linear(
@@ -178,18 +197,15 @@ class RowParallelLinear(ParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features / size] -> this rank's partial sums [T, out_features], or [S, T, out_features] in float32."""
-        out = self._base(x, self.bias if self.tp.rank == 0 else None)
-        # To partial sums as well: it is linear.
-        return self.lora.add(x, out) if self.lora is not None and self.lora.active else out
-
-    def _base(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The product without adapters."""
-        if self.tp.size > 1:
-            return self._whole(x, bias)
-        if self.quantized is not None:
-            return self.quantized.linear(x, bias, partial=self.splits)
-        tiles = choose_tiles(x, self.weight, partial=self.splits)
-        return self._whole(x, bias) if tiles is None else skinny_linear(x, self.weight, tiles, bias)
+        bias = self.bias if self.tp.rank == 0 else None
+        if self.tp.size == 1 and self.quantized is not None:
+            return self.adapted(x, self.quantized.linear(x, bias, partial=self.splits))
+        tiles = choose_tiles(x, self.weight, partial=self.splits) if self.tp.size == 1 else None
+        low_rank = self.low_rank(x, tiles)
+        if tiles is None:
+            return self.adapted(x, self._whole(x, bias))
+        out = skinny_linear(x, self.weight, tiles, bias, low_rank=low_rank)
+        return out if low_rank is not None else self.adapted(x, out)
 
     def _whole(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The product, in one piece on each rank."""

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from nanovllm.kernels.lora import AdapterGroups, column_tiles, group_adapters, lora_add, lora_add_torch
+from nanovllm.kernels.lora import (
+    MOST_APPENDED,
+    PART_COLUMNS,
+    AdapterGroups,
+    LowRank,
+    column_tiles,
+    group_adapters,
+    lora_add,
+    lora_add_torch,
+    part_columns,
+    shrink,
+)
 from nanovllm.kernels.triton_compat import use_triton
 
 
@@ -38,11 +51,26 @@ class LoraWeights:
     def __init__(self, a: torch.Tensor, b: torch.Tensor, starts: list[int], tokens: AdapterTokens) -> None:
         self.a, self.b, self.starts, self.tokens = a, b, starts, tokens
         self.columns = column_tiles(starts, a.device)
+        self.parts = part_columns(starts, a.device)
 
     @property
     def active(self) -> bool:
         """Whether any token of the step has an adapter."""
         return self.tokens.index is not None
+
+    def low_rank(self, x: torch.Tensor, block_n: int) -> LowRank | None:
+        """What the layer's product of `x` [T, in_features] in tiles of `block_n` columns can add by itself; None: `add` must.
+
+        Nothing may be launched between this and the product.
+        """
+        count, rows, rank = self.b.shape
+        groups, index = self.tokens.groups, self.tokens.index
+        if groups is None or index is None or count * rank > MOST_APPENDED:
+            return None
+        # A tile's columns are of one matrix.
+        if rows % PART_COLUMNS or math.gcd(*self.starts) % block_n:
+            return None
+        return LowRank(shrink(x, self.a, rank, groups, x_is_old=False), self.b, index, self.parts)
 
     def add(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Add to `out`, the layer's of `x` [T, in_features], what each token's adapter adds; returns it.
