@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import json
 import random
 from collections.abc import Callable, Iterable
@@ -87,7 +88,7 @@ class Little:
         values = {"model": "m", "input": str(root / "in"), "output": str(root / name), **settings}
         values["run"] = {"shard_rows": 7, "write_retries": 0, **settings.get("run", {})}
         self.config = build(values)
-        dataset = list_dataset(self.config.input)
+        dataset = list_dataset(self.config.input, self.config.format)
         self.schema, facts = measure(dataset)
         self.shards = make_shards(self.config, dataset.files, facts)
         kept = tuple(output_schema(self.schema, self.config.columns.keep).names)
@@ -181,6 +182,30 @@ def test_files_are_those_of_a_job_without_routing(root: Path, route: str, settin
     assert documents(routed) <= DOCUMENTS + len(routed.prompts) < documents(plain) / 2
     routed.output.finish(routed.shards, rows_each=2 if "rows" in str(settings) else 1)
     assert not (root / "routed" / "_run" / "routed").exists()
+
+
+@pytest.mark.parametrize("kind", ["csv", "openai_batch"])
+def test_text_formats_route_too(root: Path, kind: str) -> None:
+    rows = pq.read_table(root / "in").to_pylist()
+    for path in (root / "in").iterdir():
+        path.unlink()
+    settings: dict[str, Any] = {}
+    with (root / "in" / ("a.csv" if kind == "csv" else "a.jsonl")).open("w", newline="") as stream:
+        if kind == "csv":
+            writer = csv.writer(stream)
+            writer.writerow(["id", "prompt"])
+            writer.writerows([row["id"], f'{row["prompt"]}\n"quoted"'] for row in rows)
+        else:
+            settings["format"] = kind
+            for row in rows:
+                line = {"custom_id": str(row["id"]), "method": "POST", "url": "/v1/completions"}
+                stream.write(json.dumps({**line, "body": {"prompt": row["prompt"], "temperature": 0.5}}) + "\n")
+    plain, routed = Little(root, "plain", **settings), Little(root, "routed", **settings, run=ROUTES["prefix_sort"])
+    plain.run()
+    routed.run()
+    assert routed.parts() == plain.parts()
+    kinds = [sum(len({prompt[:200] for prompt in prompts}) for prompts in job.prompts) for job in (plain, routed)]
+    assert kinds[1] < kinds[0] / 2
 
 
 def test_any_order_has_every_row_once(root: Path) -> None:
