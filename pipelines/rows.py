@@ -72,6 +72,9 @@ class RowPath:
         # Its own thread: rendering and tokenizing must hold up neither the event loop nor the engine. Fast tokenizers free the GIL,
         # and take the texts of a group on all cores.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        # Calls are served one after another. Where all took turns they would also end together, and the engine would run empty until new ones
+        # have begun.
+        self._turn = asyncio.Lock()
         sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
 
     async def run(
@@ -97,11 +100,12 @@ class RowPath:
         loop = asyncio.get_running_loop()
         results = _Results(loop, len(rows), done)
         try:
-            for start in range(0, len(rows), SUBMIT_ROWS):
-                some = range(start, min(start + SUBMIT_ROWS, len(rows)))
-                await loop.run_in_executor(
-                    self._tokenizing, self._submit, requests, some, rows, seeds, submitted, results
-                )
+            async with self._turn:
+                for start in range(0, len(rows), SUBMIT_ROWS):
+                    some = range(start, min(start + SUBMIT_ROWS, len(rows)))
+                    await loop.run_in_executor(
+                        self._tokenizing, self._submit, requests, some, rows, seeds, submitted, results
+                    )
             await results.all
         except EngineDeadError:
             raise  # nothing runs any more, and what it died of can be told from the futures

@@ -341,6 +341,25 @@ def test_rows_that_end_together_wake_the_event_loop_once(monkeypatch: pytest.Mon
     assert len(wakes) == 1
 
 
+def test_calls_are_served_one_after_another() -> None:
+    """Else they would all end at about the same time, and the engine run empty before new ones have begun."""
+    served: list[str] = []
+
+    class Noting(DyingEngine):
+        def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
+            served.append(str(prompt))
+            return super().submit(prompt, params)
+
+    async def run() -> None:
+        requests = Requests(Settings(SamplingParams()), pa.schema([("prompt", pa.string())]))
+        path = RowPath(Noting(), "error")  # type: ignore[arg-type]
+        rows = [[{"prompt": name}] * 300 for name in "abc"]
+        await asyncio.gather(*(path.run(requests, some, [0] * 300, lambda *_: None) for some in rows))
+
+    asyncio.run(run())
+    assert served == ["a"] * 300 + ["b"] * 300 + ["c"] * 300
+
+
 @pytest.mark.parametrize("why", ["cancelled", "done raises"])
 def test_rows_that_nobody_waits_for_are_cancelled(why: str) -> None:
     engine = HeldEngine(100)
