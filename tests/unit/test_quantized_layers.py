@@ -169,7 +169,10 @@ FORMATS: dict[str, tuple[Writer, dict[str, Any], WeightFormat]] = {
     ),
     "int4 group": (
         int4_group,
-        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"0": {"weights": INT4}}},
+        {
+            "quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"0": {"weights": INT4}},
+            "ignore": ["lm_head"],
+        },
         WeightFormat("int4", 64),
     ),
 }  # fmt: skip
