@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--sections",
         nargs="+",
-        help="GPU: which of decode, contexts, prefill, small, layer, fp8_linear, moe, lora, shared to run (default: all)",
+        help="GPU: which of decode, fp8, contexts, prefill, small, layer, fp8_linear, moe, lora, shared to run (default: all)",
     )
     parser.add_argument("--batch", type=int, default=64, help="CPU: sequences")
     parser.add_argument(
@@ -90,9 +90,13 @@ def main() -> None:
     args = parse_args()
     if torch.cuda.is_available():
         from kernels_gpu import gpu_result
-        from kernels_grouped_gpu import grouped_result
+        from kernels_grouped_gpu import grouped_sections
 
-        result = gpu_result(args.sections, args.block_size) | grouped_result(args.sections, args.block_size)
+        result = gpu_result(args.sections, args.block_size)
+        for name, rows in grouped_sections(args.sections, args.block_size):
+            result[name] = rows
+            if args.save:  # what is measured stays where a run is cut off
+                save(args.save, {"benchmark": "kernels", **result})
     else:
         result = cpu_result(args)
     if args.save:

@@ -33,6 +33,7 @@ from nanovllm.kernels import (
     scaled_linear,
     skinny_linear,
 )
+from nanovllm.kernels.fp8_cache import quantize_rows as quantize_cache_rows
 from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch
 from nanovllm.utils.roofline import H200
 
@@ -103,7 +104,10 @@ def read_ceiling(num_bytes: int, layers: int = 8) -> float:
 
 
 class Cache:
-    """Random keys and values in scattered blocks for sequences of `lens` tokens; `layout` orders tokens and heads in a block."""
+    """Random keys and values in scattered blocks for sequences of `lens` tokens; `layout` orders tokens and heads in a block.
+
+    `fp8`: in eight bits, with scales beside them.
+    """
 
     def __init__(
         self,
@@ -114,6 +118,7 @@ class Cache:
         block_size: int,
         layout: str = "NHD",
         layers: int = 1,
+        fp8: bool = False,
     ) -> None:
         width = -(-max(lens) // block_size)
         counts = [-(-length // block_size) for length in lens]
@@ -128,16 +133,23 @@ class Cache:
             pool = torch.randn(2, layers, sum(counts), num_kv_heads, block_size, head_dim, device=DEVICE, dtype=DTYPE)
             pool = pool.transpose(3, 4)
         self.layers = list(zip(pool[0], pool[1], strict=True))
+        # In the keyword arguments of the kernels.
+        self.scales: list[dict[str, torch.Tensor]] = [{} for _ in self.layers]
+        if fp8:
+            for i, layer in enumerate(self.layers):
+                values, scales = zip(*map(quantize_cache_rows, layer), strict=True)
+                self.layers[i] = values
+                self.scales[i] = {"scales": torch.stack(scales, -1).transpose(1, 2).contiguous()}
         self.k, self.v = self.layers[0]
         self.lens = torch.tensor(lens, device=DEVICE)
         self.lens32 = self.lens.int()
         self.slots = torch.arange(len(lens), device=DEVICE)
-        self.bytes = 2 * sum(lens) * num_kv_heads * head_dim * DTYPE.itemsize
+        self.bytes = 2 * sum(lens) * num_kv_heads * (head_dim + 2 if fp8 else head_dim * DTYPE.itemsize)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scale = head_dim**-0.5
 
     def decode(
-        self, per_sm: int, tile: int, stages: int, warps: int, item_tiles: int
+        self, per_sm: int, tile: int, stages: int, warps: int, item_tiles: int, registers: int | None = None
     ) -> tuple[list[Callable[[], object]], torch.Tensor]:
         """Our decode of each layer, and its output."""
         batch = len(self.lens)
@@ -148,13 +160,13 @@ class Cache:
         )
         out = torch.full_like(q, float("nan"))
         paged_decode.plan_decode(self.slots, self.lens, programs, buffers, tile=tile, item_tiles=item_tiles)
-        options = {"tile": tile, "num_stages": stages, "num_warps": warps}
+        options = {"tile": tile, "num_stages": stages, "num_warps": warps, "max_registers": registers}
         return [
             partial(
                 paged_decode.paged_decode, q, k, v, self.tables, programs, buffers, self.scale, out,
-                other_kernel_between=True, **options,
+                other_kernel_between=True, **options, **scales,
             )
-            for k, v in self.layers
+            for (k, v), scales in zip(self.layers, self.scales, strict=True)
         ], out  # fmt: skip
 
     def check(self, call: Callable[[], object], out: torch.Tensor) -> None:
@@ -164,7 +176,7 @@ class Cache:
         slots = context_slots(self.tables, self.k.shape[1], int(self.lens.max()))
         mask = torch.arange(slots.shape[1], device=DEVICE) < self.lens[:, None]
         k, v = self.k.contiguous(), self.v.contiguous()
-        error = difference(out, paged_decode_torch(self.q, k, v, slots, mask, self.scale))
+        error = difference(out, paged_decode_torch(self.q, k, v, slots, mask, self.scale, **self.scales[0]))
         if not error < 0.01:
             raise SystemExit(f"the decode kernel is wrong: relative difference {error}")
 
@@ -227,6 +239,59 @@ def decode_section(block_size: int) -> list[Row]:
         buffers = paged_decode.make_decode_buffers(batch, programs, 16, 8, 128, DEVICE)
         us = layer_us([lambda: paged_decode.plan_decode(cache.slots, cache.lens, programs, buffers, 64)] * 8)
         rows.append({"batch": batch, "kernel": "plan_decode", "us": round(us, 1)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def fp8_section(block_size: int) -> list[Row]:
+    """Decode, prefill and the store with a cache in eight bits, beside the same in bfloat16."""
+    rows: list[Row] = []
+    forms = [
+        (2, 64, 6, 4, None), (2, 64, 10, 4, None), (3, 64, 6, 4, 168), (3, 64, 8, 4, 168), (4, 64, 6, 4, 128), (4, 64, 8, 4, 128),
+        (2, 128, 6, 4, None), (2, 128, 8, 4, None), (2, 128, 6, 8, 128), (4, 32, 8, 2, None), (6, 32, 8, 2, 168),
+    ]  # fmt: skip
+    for batch in (256, 128, 32):
+        lens = random_lens(batch, 100, 1500)
+        cache = Cache(lens, 16, 8, 128, block_size, layers=8)
+        calls, out = cache.decode(*DECODE_DEFAULTS)
+        rows.append({"batch": batch, "kernel": "decode, bfloat16", "us": round(layer_us(calls), 1)})
+        print(rows[-1], flush=True)
+        cache = Cache(lens, 16, 8, 128, block_size, layers=16, fp8=True)
+        ceiling = read_ceiling(cache.bytes)
+        for per_sm, tile, stages, warps, registers in forms:
+            try:
+                calls, out = cache.decode(per_sm, tile, stages, warps, paged_decode.ITEM_TILES, registers)
+                us = layer_us(calls)
+                cache.check(calls[0], out)
+            except triton.runtime.errors.OutOfResources as error:
+                print(per_sm, tile, stages, warps, error, flush=True)
+                continue
+            rows.append({
+                "batch": batch, "kernel": "decode, fp8", "programs_per_sm": per_sm, "tile": tile, "stages": stages, "warps": warps,
+                "registers": registers, "us": round(us, 1), "of_read_ceiling": round(cache.bytes / us / 1e3 / ceiling, 3),
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    chunks = {"16 x 1024": [(1024, 1024)] * 16, "100 x 160 after 1024": [(160, 1184)] * 100}
+    for (name, lengths), fp8 in itertools.product(chunks.items(), (False, True)):
+        query_lens, context_lens = (np.array(column) for column in zip(*lengths, strict=True))
+        cache = Cache(context_lens.tolist(), 16, 8, 128, block_size, fp8=fp8)
+        q = torch.randn(int(query_lens.sum()), 16, 128, device=DEVICE, dtype=DTYPE)
+        tiles = torch.from_numpy(paged_prefill.prefill_tiles(np.arange(len(lengths)), query_lens, context_lens, 0, 2))
+        call = partial(
+            paged_prefill.paged_prefill, q, cache.k, cache.v, cache.tables, tiles.to(DEVICE), cache.scale, torch.empty_like(q),
+            **cache.scales[0],
+        )  # fmt: skip
+        rows.append({"prefill": name, "fp8": fp8, "us": round(median_ms(call) * 1e3, 1)})
+        print(rows[-1], flush=True)
+    for tokens, fp8 in itertools.product((256, 16384), (False, True)):
+        cache = Cache([tokens], 16, 8, 128, block_size, fp8=fp8)
+        qkv = torch.randn(tokens, 32 * 128, device=DEVICE, dtype=DTYPE)
+        table, norm = torch.rand(tokens, 128, device=DEVICE, dtype=DTYPE), torch.ones(128, device=DEVICE, dtype=DTYPE)
+        slots = torch.arange(tokens, device=DEVICE)
+        store = partial(
+            qk_norm_rope.qk_norm_rope_store, qkv, slots, table, table, norm, norm, 1e-6, cache.k, cache.v, slots, **cache.scales[0]
+        )  # fmt: skip
+        rows.append({"store": tokens, "fp8": fp8, "us": round(layer_us([store] * 8), 1)})
         print(rows[-1], flush=True)
     return rows
 
@@ -560,10 +625,12 @@ def linear_section(block_size: int) -> list[Row]:
 def gpu_result(sections: list[str] | None, block_size: int) -> dict[str, Any]:
     """All `sections` (None: every one) as rows."""
     torch.manual_seed(0)
-    wanted = sections or ["decode", "contexts", "prefill", "small", "layer", "fp8_linear"]
+    wanted = sections or ["decode", "fp8", "contexts", "prefill", "small", "layer", "fp8_linear"]
     result: dict[str, Any] = {"block_size": block_size}
     if "decode" in wanted:
         result["decode"] = decode_section(block_size)
+    if "fp8" in wanted:
+        result["fp8"] = fp8_section(block_size)
     if "contexts" in wanted:
         result["contexts"] = contexts_section(block_size)
     if "prefill" in wanted:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from kernels_gpu import DEVICE, DTYPE, Row, difference, layer_us, read_ceiling
 
 from nanovllm.engine.shared_prefix import find_shared
 from nanovllm.kernels import fused_moe, lora
-from nanovllm.kernels.fused_moe import ProductTiles
+from nanovllm.kernels.fused_moe import MoeTiles, ProductTiles
 from nanovllm.kernels.grouping import group_rows
 from nanovllm.layers.attention import AttentionBatch, AttentionSpec
 from nanovllm.layers.backends.triton_backend import TritonBackend
@@ -37,37 +37,33 @@ from nanovllm.utils.prefixes import Capacity
 Linear = ColumnParallelLinear | RowParallelLinear
 # Threads that compile variants at the same time.
 COMPILERS = 16
-MOE_TOKENS = (1, 64, 256, 1024, 4096)
-# [block_m]: (block_n, block_k, stages, warps).
+# By the rows of a tile: (block_n, block_k, stages, warps) of both products.
 MOE_TILES: dict[int, tuple[tuple[int, int, int, int], ...]] = {
-    16: (
-        (16, 256, 4, 2), (16, 256, 4, 4), (16, 512, 3, 4), (32, 64, 6, 4), (32, 128, 3, 4), (32, 128, 4, 4), (32, 128, 4, 2), (32, 256, 3, 4), (64, 64, 4, 4), (64, 64, 6, 4),
-        (64, 128, 2, 4), (64, 128, 3, 4), (64, 128, 4, 4), (64, 128, 3, 8), (128, 64, 3, 4), (128, 64, 4, 4), (128, 64, 4, 8),
-    ),
-    32: (
-        (32, 128, 3, 4), (32, 128, 4, 4), (64, 64, 4, 4), (64, 64, 6, 4), (64, 128, 3, 4), (64, 128, 4, 4), (128, 64, 3, 4), (128, 64, 4, 8),
-    ),
-    64: (
-        (32, 128, 3, 4), (64, 64, 3, 4), (64, 64, 4, 4), (64, 128, 3, 4), (128, 64, 3, 4), (128, 64, 4, 4), (128, 64, 3, 8), (256, 64, 3, 8),
-    ),
+    16: ((16, 256, 4, 2), (32, 64, 6, 4), (32, 128, 4, 2), (32, 128, 4, 4), (32, 256, 3, 4), (64, 64, 6, 4), (64, 128, 3, 4)),
+    32: ((32, 128, 4, 4), (64, 128, 3, 4), (64, 128, 4, 4), (128, 64, 4, 4)),
     128: (
-        (64, 64, 3, 4), (64, 64, 4, 4), (64, 64, 4, 8), (64, 128, 3, 8), (128, 64, 3, 4), (128, 64, 3, 8), (128, 64, 4, 8), (256, 64, 3, 8),
-        (256, 64, 4, 8),
+        (64, 64, 3, 4), (64, 64, 4, 8), (128, 64, 3, 4), (128, 64, 3, 8), (128, 64, 4, 8), (256, 64, 3, 8), (256, 64, 4, 8),
     ),
 }  # fmt: skip
+# Programs that share columns, where an expert has several tiles.
+MOE_TURNS = (1, 8)
 
 
 class MoeShape(NamedTuple):
-    """Experts, those of a token, hidden size, an expert's size, layers to time one after the other."""
+    """Experts, those of a token, hidden size, an expert's size, layers to time one after the other, and numbers of tokens."""
 
     experts: int
     top_k: int
     hidden: int
     size: int
     layers: int
+    tokens: tuple[int, ...]
 
 
-MOE_SHAPES = {"30b-a3b": MoeShape(128, 8, 2048, 768, 6), "mixtral-8x7b": MoeShape(8, 2, 4096, 14336, 3)}
+MOE_SHAPES = {
+    "30b-a3b": MoeShape(128, 8, 2048, 768, 6, (1, 64, 256, 1024, 4096)),
+    "mixtral-8x7b": MoeShape(8, 2, 4096, 14336, 3, (1, 256, 4096)),
+}
 
 
 def timed(calls: Sequence[Callable[[], object]]) -> float | None:
@@ -123,16 +119,16 @@ def moe_section() -> list[Row]:
     """
     rows: list[Row] = [{"moe": "ceiling", "tflops": round(flops_ceiling())}]
     for name, shape in MOE_SHAPES.items():
-        experts, _, hidden, size, layers = shape
+        experts, _, hidden, size, layers, token_counts = shape
         gate_up = torch.randn(layers, experts, 2 * size, hidden, device=DEVICE, dtype=DTYPE) * hidden**-0.5
         down = torch.randn(layers, experts, hidden, size, device=DEVICE, dtype=DTYPE) * size**-0.5
-        for tokens in MOE_TOKENS:
+        for tokens in token_counts:
             rows += _moe_rows(name, shape, tokens, gate_up, down)
     return rows
 
 
 def _moe_rows(name: str, shape: MoeShape, tokens: int, gate_up: torch.Tensor, down: torch.Tensor) -> list[Row]:
-    experts, top_k, hidden, size, layers = shape
+    experts, top_k, hidden, size, layers, _ = shape
     pairs = tokens * top_k
     x = torch.randn(tokens, hidden, device=DEVICE, dtype=DTYPE)
     logits = [torch.randn(tokens, experts, device=DEVICE, dtype=DTYPE) for _ in range(layers)]
@@ -147,7 +143,8 @@ def _moe_rows(name: str, shape: MoeShape, tokens: int, gate_up: torch.Tensor, do
         ids, weights = fused_moe.route(logits[layer], top_k, True)
         return fused_moe.fused_experts(x, gate_up[layer], down[layer], ids, weights)
 
-    tiles = fused_moe.moe_tiles(pairs, experts)
+    grouped = fused_moe.groups_pairs(pairs, top_k, experts)
+    tiles = fused_moe.moe_tiles(pairs, experts, grouped=grouped)
     group = [partial(group_rows, ids, experts, 0, tiles.block_m) for ids, _ in routed]
     us = layer_us([partial(block, layer) for layer in range(layers)])
     reference = fused_moe.fused_experts_torch(x, gate_up[0], down[0], *routed[0])
@@ -161,43 +158,49 @@ def _moe_rows(name: str, shape: MoeShape, tokens: int, gate_up: torch.Tensor, do
     print(row, flush=True)
     inner = torch.randn(pairs, size, device=DEVICE, dtype=DTYPE)
     outer = torch.empty(pairs, hidden, device=DEVICE, dtype=DTYPE)
-    grouped = fused_moe.groups_pairs(pairs, top_k, experts)
+    block_sizes = [16] if not grouped else [size for size in MOE_TILES if size >= pairs / experts][:2] or [128]
     plans = {
         block_m: [group_rows(ids, experts, 0, block_m) if grouped else (ids, None) for ids, _ in routed]
-        for block_m in _block_sizes(pairs / experts)
+        for block_m in block_sizes
     }
-    variants = [(block_m, ProductTiles(*tiles)) for block_m in plans for tiles in MOE_TILES[block_m]]
+    variants = [
+        MoeTiles(block_m, ProductTiles(*columns), ProductTiles(*columns), turns)
+        for block_m in plans
+        for columns in MOE_TILES[block_m]
+        for turns in MOE_TURNS[: 1 + (pairs / experts > block_m)]
+    ]
     products: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]] = {
         "gate_up": (x, gate_up, inner, 2 * touched * expert_bytes, 2 * expert_flops),
         "down": (inner, down, outer, touched * expert_bytes, expert_flops),
     }
 
-    def call(product: str, block_m: int, tiles: ProductTiles, layer: int) -> None:
+    def call(product: str, tiles: MoeTiles, layer: int) -> None:
         source, weight, out, *_ = products[product]
-        plan, gated = plans[block_m][layer], product == "gate_up"
-        fused_moe.grouped_linear(source, weight[layer], out, *plan, 0, top_k, block_m, tiles, gated=gated)
+        plan, gated = plans[tiles.block_m][layer], product == "gate_up"
+        fused_moe.grouped_linear(source, weight[layer], out, *plan, 0, top_k, tiles, gated=gated)
 
-    compile_all([partial(call, product, *variant, 0) for product in products for variant in variants])
+    compile_all([partial(call, product, variant, 0) for product in products for variant in variants])
     for product, (source, _, out, num_bytes, flops) in products.items():
         # Here what goes from one product to the other counts: no product alone is without it.
         least = limit(num_bytes + (source.numel() + out.numel()) * DTYPE.itemsize, flops, gb_per_s)
         best: Row | None = None
         for variant in variants:
-            us_or_none = timed([partial(call, product, *variant, layer) for layer in range(layers)])
+            us_or_none = timed([partial(call, product, variant, layer) for layer in range(layers)])
             if us_or_none is None:
                 continue
-            one = {"moe": name, "tokens": tokens, "product": product, "tiles": variant, "us": round(us_or_none, 1)}
+            one = {
+                "moe": name,
+                "tokens": tokens,
+                "product": product,
+                "block_m": variant.block_m,
+                "tiles": variant.gate_up,
+                "turns": variant.turns,
+                "us": round(us_or_none, 1),
+            }
             rows.append(one | least | {"of_limit": round(least["limit_us"] / us_or_none, 3)})
             best = min(best or rows[-1], rows[-1], key=lambda r: r["us"])
         print("best", best, flush=True)
     return rows
-
-
-def _block_sizes(each: float) -> list[int]:
-    """Row tiles worth a try for `each` pairs an expert: the one that they fit into and its neighbours."""
-    sizes = list(MOE_TILES)
-    near = next((i for i, size in enumerate(sizes) if each <= size), len(sizes) - 1)
-    return sizes[max(0, near - 1) : near + 2] if each > 8 else sizes[:1]
 
 
 class LoraShape(NamedTuple):
@@ -327,12 +330,14 @@ def shared_section(block_size: int) -> list[Row]:
     return rows
 
 
-def grouped_result(sections: list[str] | None, block_size: int) -> dict[str, list[Row]]:
-    """Those of `sections` (None: every one) that are here, as rows."""
+def grouped_sections(sections: list[str] | None, block_size: int) -> Iterator[tuple[str, list[Row]]]:
+    """Those of `sections` (None: every one) that are here, one by one, as rows."""
     torch.manual_seed(0)
     there: dict[str, Callable[[], list[Row]]] = {
         "moe": moe_section,
         "lora": lora_section,
         "shared": partial(shared_section, block_size),
     }
-    return {name: section() for name, section in there.items() if sections is None or name in sections}
+    for name, section in there.items():
+        if sections is None or name in sections:
+            yield name, section()

@@ -22,11 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from common import save
 
+from pipelines.columns import output_columns
 from pipelines.commit import OutputDirectory
-from pipelines.generate import Job, _pending, check
+from pipelines.generate import Job, check
 from pipelines.inputs import FileFacts, InputFile, RowRange, list_dataset, measure, read_rows
 from pipelines.job import JobConfig, build
 from pipelines.plan import identity, make_shards
+from pipelines.routing import Work
 
 SCHEMA = pa.schema([("id", pa.int64()), ("prompt", pa.string())])
 
@@ -69,7 +71,7 @@ def begin_and_resume(clock: Clock, config: JobConfig, job: Job, with_parts: bool
     ]:  # half of the job is done; what is in the files does not count here
         Path(output.part(shard.index).path).touch()
     again = clock.step("resume_check", lambda: check(config, OutputDirectory(config.output)))
-    left = clock.step("resume_pending", lambda: _pending(again, output))
+    left = clock.step("resume_pending", Work(again.stage, again.shards, output).left)
     assert len(left) == len(job.shards) - len(job.shards) // 2
     clock.result["resume_s"] = round(clock.result["resume_check_s"] + clock.result["resume_pending_s"], 3)
 
@@ -92,7 +94,8 @@ def small_files(root: Path, count: int) -> dict[str, Any]:
     schema, facts = clock.step("footers", lambda: measure(dataset))
     shards = clock.step("plan", lambda: make_shards(config, dataset.files, facts))
     now = clock.step("identity", lambda: identity(config, dataset))
-    begin_and_resume(clock, config, Job(config, dataset, now, schema, shards, None), with_parts=True)
+    job = Job(config, dataset, now, schema, output_columns(config), shards, None)
+    begin_and_resume(clock, config, job, with_parts=True)
     return {"files": count, "rows": count * 10, "shards": len(shards), **clock.result}
 
 

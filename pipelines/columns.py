@@ -24,6 +24,7 @@ from pipelines.results import (
     logprobs_column,
     sample_arrays,
 )
+from pipelines.row_values import take
 
 # Columns that tell of a sample, by the name they have in `Sample`; the others tell of a row.
 SAMPLE_FIELDS = {"generated_text": "text"} | {name: name for name in SAMPLE_SCHEMA.names if name != "text"}
@@ -89,9 +90,13 @@ class OutputColumns:
 
     def extend(self, table: pa.Table, results: Sequence[RowResult]) -> pa.Table:
         """Input rows with their generated columns behind them."""
+        return self.join(table, self.table(results))
+
+    def join(self, table: pa.Table, generated: pa.Table) -> pa.Table:
+        """Input rows with the generated columns of these rows, as `table` makes them, behind them."""
         if self.exploded:
-            table = pa.table([_repeated(column, self.n) for column in table.columns], schema=table.schema)
-        generated = self.table(results)
+            rows = np.repeat(np.arange(table.num_rows), self.n)
+            table = pa.table([take(column, rows) for column in table.columns], schema=table.schema)
         for field in self.schema:
             table = table.append_column(field, generated[field.name])
         return table
@@ -190,13 +195,3 @@ def _probabilities(samples: Sequence[Sample], labels: Sequence[str]) -> pa.Struc
     arrays = [pa.array([probs and probs[label] for probs in found], pa.float64()) for label in labels]
     mask = pa.array([probs is None for probs in found], pa.bool_())
     return pa.StructArray.from_arrays(arrays, fields=[pa.field(label, pa.float64()) for label in labels], mask=mask)
-
-
-def _repeated(column: pa.ChunkedArray, times: int) -> pa.ChunkedArray:
-    """Every value so many times, one after another."""
-    rows = np.repeat(np.arange(len(column)), times)
-    try:
-        return column.take(pa.array(rows))
-    except pa.ArrowNotImplementedError:  # of views of strings, also inside of other types
-        values = column.to_pylist()
-        return pa.chunked_array([pa.array([values[row] for row in rows], column.type)])

@@ -10,6 +10,7 @@ Workers journal and commit through `OutputDirectory`; the driver creates it, ask
     OUT/_run/ledger/             what each committed shard counted, one file a driver
     OUT/_run/history/            what happened in each start, for the report; see `history`
     OUT/_run/lease-*.json        who writes here; see `lease`
+    OUT/_run/routing.json        whether rows run in another order, and why; OUT/_run/routed/: their files meanwhile; see `routing`
     OUT/_run/tmp/                files on their way to their name
 """
 
@@ -181,12 +182,16 @@ def backoff_s(retries: int) -> float:
 
 
 class OutputDirectory:
-    """Names and operations of one job's output. Made from an address on every process that needs it."""
+    """Names and operations of one job's output. Made from an address on every process that needs it.
 
-    def __init__(self, address: str) -> None:
+    `parts` is the directory of the shards' files, below the output; "" for the output itself.
+    """
+
+    def __init__(self, address: str, parts: str = "") -> None:
         self.place = resolve(address)
         self.run = self.place.child("_run")
-        self._scratch = self.run.child("tmp")
+        self._parts = self.place.child(parts) if parts else self.place
+        self.scratch = self.run.child("tmp")
 
     # What the driver asks
 
@@ -252,16 +257,16 @@ class OutputDirectory:
 
     def committed(self) -> set[int]:
         """Indexes of the shards that have their file."""
-        names = (re.fullmatch(r"part-(\d+)\.parquet", entry.base_name) for entry in children(self.place))
+        names = (re.fullmatch(r"part-(\d+)\.parquet", entry.base_name) for entry in children(self._parts))
         return {int(match[1]) for match in names if match}
 
     def put_run(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a file of `_run/`."""
-        put(self.run.child(name), data, self._scratch)
+        put(self.run.child(name), data, self.scratch)
 
     def put_top(self, name: str, pieces: Iterable[bytes]) -> None:
         """Write a file beside the shards, piece by piece."""
-        put(self.place.child(name), pieces, self._scratch)
+        put(self.place.child(name), pieces, self.scratch)
 
     def ledger(self) -> Location:
         """Where drivers record what committed shards counted."""
@@ -270,6 +275,10 @@ class OutputDirectory:
     def history(self) -> Location:
         """Where drivers record what happened in their start."""
         return self.run.child("history")
+
+    def routed(self) -> Location:
+        """Where rows are that run in another order; see `routing`."""
+        return self.run.child("routed")
 
     def succeeded(self) -> bool:
         """Whether an earlier start finished the job."""
@@ -302,16 +311,17 @@ class OutputDirectory:
         confirm()
         summary = {"rows": sum(shard.rows for shard in shards) * rows_each, "files": len(shards)}
         mark = json.dumps(summary).encode() + b"\n"
-        retrying(lambda: put(self.place.child("_SUCCESS"), mark, self._scratch), retries)
+        retrying(lambda: put(self.place.child("_SUCCESS"), mark, self.scratch), retries)
         with contextlib.suppress(OSError):  # what is left over harms nobody
             delete_tree(self.run.child("journal"))
-            delete_tree(self._scratch)
+            delete_tree(self.routed())
+            delete_tree(self.scratch)
 
     # What workers ask
 
     def part(self, index: int) -> Location:
         """The file of a shard."""
-        return self.place.child(f"part-{index:05d}.parquet")
+        return self._parts.child(f"part-{index:05d}.parquet")
 
     def committed_at(self, index: int) -> int:
         """Seconds since 1970 at which a shard's file was written; 0 where the store does not say."""
@@ -342,7 +352,7 @@ class OutputDirectory:
         Raises:
             OSError: the store refused; the shard is as it was before.
         """
-        put(self.part(index), parquet_bytes(table), self._scratch)
+        put(self.part(index), parquet_bytes(table), self.scratch)
         self.forget(index)
 
     def forget(self, index: int) -> None:

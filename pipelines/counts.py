@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.columns import OutputColumns
-from pipelines.plan import Shard
+from pipelines.commit import OutputDirectory
+from pipelines.plan import PLACES, Place, Shard, Stage
 
 COUNTED = ("finish_reason", "num_input_tokens", "num_generated_tokens", "error")
 SAMPLES_EACH = 3  # error messages kept of a kind
@@ -92,10 +93,21 @@ def counted(columns: OutputColumns) -> list[str]:
     return [columns.name(name) for name in COUNTED]
 
 
-def count_rows(table: pa.Table, columns: OutputColumns, shard: Shard | None = None) -> Counts:
+def count_part(output: OutputDirectory, shard: Shard, columns: OutputColumns, stage: Stage) -> Counts:
+    """Count the rows of a shard from its file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    names = [*counted(columns), *(name for name in PLACES.names if name in stage.kept)]
+    table = output.read_part(shard.index, names)
+    return count_rows(table, columns, stage.places(shard, table, columns.rows_each))
+
+
+def count_rows(table: pa.Table, columns: OutputColumns, place: Callable[[int], Place] | None = None) -> Counts:
     """Count rows of an output file; `table` has the `counted` columns, and perhaps others.
 
-    `shard` says where its rows come from; without it no error is kept in full.
+    `place` says where an input row of it comes from, by position; without it no error is kept in full.
     """
     reasons, inputs, generated, errors = (table[name] for name in counted(columns))
     # Samples of each row: rows may ask for numbers of their own.
@@ -113,11 +125,10 @@ def count_rows(table: pa.Table, columns: OutputColumns, shard: Shard | None = No
         messages = [next(filter(None, messages[start : start + columns.n]), None) for start in starts]
     failed = [error_kind(message) for message in messages if message is not None]
     samples: list[ErrorSample] = []
-    if shard is not None:
+    if place is not None:
         rows = ((row, message) for row, message in enumerate(messages) if message is not None)
-        first_row = shard.first_row
         found = (
-            ErrorSample(kind, shard.file, first_row + row, message[:MESSAGE_CHARS])
+            ErrorSample(kind, *place(row), message[:MESSAGE_CHARS])
             for kind, (row, message) in zip(failed, rows, strict=True)
         )
         keep_few(samples, found)

@@ -35,19 +35,20 @@ from pipelines.batch_results import NAME as RESULTS
 from pipelines.batch_results import BatchResults
 from pipelines.columns import OutputColumns, check_names, output_columns
 from pipelines.commit import JobFile, OutputDirectory, RecordLog, backoff_s, output_schema, read_records, retrying
-from pipelines.counts import Counts, ErrorSample, count_rows, counted, keep_few
+from pipelines.counts import Counts, ErrorSample, count_part, keep_few
 from pipelines.history import History
-from pipelines.inputs import Dataset, list_dataset, measure, read_rows
+from pipelines.inputs import Dataset, list_dataset, measure
 from pipelines.job import Command, JobConfig, load
 from pipelines.lease import Lease, LeaseLost
 from pipelines.metrics import JobMetrics
 from pipelines.models import look, model_name, named, source_of
-from pipelines.plan import Identity, Shard, differences, identity, make_shards
+from pipelines.plan import Identity, Shard, Stage, differences, identity, make_shards, read_head
 from pipelines.progress import Progress, ProgressBoard, WorkerState, duration
 from pipelines.prompts import Rendered
 from pipelines.report import build_report, to_json
 from pipelines.report_page import to_html
 from pipelines.requests import Requests, per_row_parameters
+from pipelines.routing import Routing, Work, check_routing, describe
 from pipelines.row_values import RowError
 from pipelines.rows import Engine
 from pipelines.stop import GO_ON, Stopped, StopSignals
@@ -83,6 +84,12 @@ class Job(NamedTuple):
     columns: OutputColumns
     shards: list[Shard]
     owner: JobFile | None  # the job's mark in the output directory; None where this is its first start
+
+    @property
+    def stage(self) -> Stage:
+        """The input as engines work on it."""
+        kept = output_schema(self.schema, self.config.columns.keep).names
+        return Stage(self.dataset.root, self.dataset.format, self.schema, tuple(kept))
 
 
 def main(arguments: Sequence[str] | None = None, engine: Callable[..., Engine] | None = None) -> int:
@@ -127,7 +134,7 @@ def _run(command: Command, engine: Callable[..., Engine] | None) -> int:
         _check_model(job)
         run_job(job, output, engine)
     if command.demo:
-        _show_demo(output, config, job.shards)
+        _show_demo(output, config)
     return 0
 
 
@@ -160,6 +167,7 @@ def check(config: JobConfig, output: OutputDirectory) -> Job:
         return Job(config, dataset, now, owner.schema, columns, output.shards(), owner)
     schema, facts = measure(dataset)
     Requests(config, schema)
+    check_routing(config, schema)
     columns = output_columns(config, per_row_parameters(config, schema))
     check_names(output_schema(schema, config.columns.keep).names, columns)
     return Job(config, dataset, now, schema, columns, make_shards(config, dataset.files, facts), None)
@@ -212,14 +220,15 @@ def _show_plan(job: Job, ready: tuple[Requests, PreTrainedTokenizerBase]) -> Non
     print(f"output   {len(job.shards):,} files of up to {most:,} rows")
     kept = output_schema(job.schema, job.config.columns.keep)
     print(f"columns  {', '.join(f'{field.name} {field.type}' for field in (*kept, *job.columns.schema))}")
+    if job.config.run.may_route:
+        print(f"routing  {_routing_in_words(job, ready)}")
     first = job.shards[0]
-    wanted = first.row_range._replace(rows=min(3, first.rows)) if job.dataset.format == "parquet" else first.row_range
     columns = pa.schema([job.schema.field(name) for name in requests.columns])
     try:
-        table = read_rows(job.dataset.root, job.dataset.format, wanted, columns)
+        table = read_head(job.stage, first, 3, columns)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"input file {first.file!r} cannot be read: {_one_line(error)}") from None
-    for row in requests.rows(table.slice(0, 3)):
+    for row in requests.rows(table):
         try:
             prompt, params = requests.request(row, 0)
             if isinstance(prompt, Rendered):
@@ -234,6 +243,18 @@ def _show_plan(job: Job, ready: tuple[Requests, PreTrainedTokenizerBase]) -> Non
         if params.problem() is None and (differing := _differing(params, job.config.sampling)):
             print(f"         with {differing}")
     print("all checks passed; nothing was written and no engine was started")
+
+
+def _routing_in_words(job: Job, ready: tuple[Requests, PreTrainedTokenizerBase]) -> str:
+    """What the settings do to the order of rows, and what a sample of them shares."""
+    run = job.config.run
+    if run.group_by is not None:
+        return f"rows with equal {run.group_by!r} are brought together"
+    routing = Routing(job.config, job.stage, job.shards, OutputDirectory(job.config.output))
+    engines = 1 if run.replicas == "auto" else run.replicas[1]
+    decided = "are" if run.prefix_sort == "on" else "may be"
+    words = describe(routing.sharing(routing.sample(), *ready, engines))
+    return f"rows whose prompts begin alike {decided} brought together: {words}"
 
 
 def _differing(params: SamplingParams, usual: SamplingParams) -> str:
@@ -259,7 +280,7 @@ def run_job(job: Job, output: OutputDirectory, engine: Callable[..., Engine] | N
         LeaseLost: another start took over, since this one was suspended or cut off.
         Stopped: SIGTERM or Ctrl-C; workers have flushed their journals.
     """
-    if _ray_address() == "local" and _pending(job, output):
+    if _ray_address() == "local" and Work(job.stage, job.shards, output).left():
         # The cluster is this machine: what it lacks is refused before a file is written.
         _place(job.config, [local_gpus()])
     run = job.config.run
@@ -284,11 +305,6 @@ def _look_again(job: Job, output: OutputDirectory) -> Job:
     return check(job.config, output)
 
 
-def _pending(job: Job, output: OutputDirectory) -> list[Shard]:
-    committed = output.committed() if job.owner is not None else set()
-    return [shard for shard in job.shards if shard.index not in committed]
-
-
 def _run_alone(
     job: Job, output: OutputDirectory, lease: Lease, stop: StopSignals, engine: Callable[..., Engine] | None
 ) -> None:
@@ -296,12 +312,13 @@ def _run_alone(
     if job.owner is not None and output.succeeded():
         _say_finished(job)
         return
-    pending = _pending(job, output)
     total_rows = sum(shard.rows for shard in job.shards)
-    resumed_rows = total_rows - sum(shard.rows for shard in pending)
-    progress = Progress(total_rows, resumed_rows, job.config.run.progress_s, quiet=job.config.run.quiet)
-    if not pending:
-        Run(job, output, lease, job.owner, None, progress, engine).finish(resumed_rows, total_rows)
+    progress = Progress(total_rows, 0, job.config.run.progress_s, quiet=job.config.run.quiet)
+    work = Work(job.stage, job.shards, output)
+    routing = Routing(job.config, job.stage, job.shards, output) if job.config.run.may_route else None
+    found = work if routing is None else routing.found()
+    if found is not None and not (work if found.needs_merge else found).left():
+        Run(job, output, lease, job.owner, None, progress, engine, found, routing).finish(total_rows, total_rows)
         return
     if _ray_address() == "local":
         owner = _take_possession(job, output, lease)
@@ -309,11 +326,43 @@ def _run_alone(
         placement = _place_on_cluster(job.config)
         if _ray_address() != "local":
             owner = _take_possession(job, output, lease)
+        if routing is not None:
+            work = _route(job, routing, placement, lease)
+        pending = work.left()
+        progress.committed_rows = resumed_rows = total_rows - sum(shard.rows for shard in pending)
         if resumed_rows:
             _say(job.config, f"resuming: {resumed_rows:,} of {total_rows:,} rows are already committed")
-        run = Run(job, output, lease, owner, placement, progress, engine)
-        run.execute(pending, stop)
+        run = Run(job, output, lease, owner, placement, progress, engine, work, routing)
+        if pending:
+            run.execute(pending, stop)
+        run.merge()
     run.finish(resumed_rows, total_rows)
+
+
+def _route(job: Job, routing: Routing, placement: Placement, lease: Lease) -> Work:
+    """What the engines work on: rows that go together brought together, where that is asked for and pays.
+
+    Raises:
+        JobFailed: the input cannot be read, or the output refuses.
+    """
+    engines = placement.max_actors, float(placement.num_gpus)
+    with _as_failures():
+        return routing.work(engines, partial(_check_model, job), partial(_say, job.config), lease.check)
+
+
+@contextmanager
+def _as_failures() -> Iterator[None]:
+    """Ray raises many kinds; each ends a start.
+
+    Raises:
+        JobFailed: with the cause.
+    """
+    try:
+        yield
+    except (JobFailed, LeaseLost, UserError):
+        raise
+    except Exception as error:
+        raise JobFailed(f"{_root_cause(error)}; {MEND}") from None
 
 
 def _take_possession(job: Job, output: OutputDirectory, lease: Lease) -> JobFile:
@@ -404,7 +453,11 @@ class Run:
         placement: Placement | None,
         progress: Progress,
         engine: Callable[..., Engine] | None,
+        work: Work,
+        routing: Routing | None,
     ) -> None:
+        self._work = work
+        self._routing = routing
         self._job = job
         self._config = job.config
         self._output = output
@@ -444,6 +497,8 @@ class Run:
         printer = threading.Thread(target=self._print_progress, args=(board, finished), daemon=True)
         printer.start()
         self._history.begin()
+        if self._routing is not None and (routed := self._routing.report()):
+            self._history.note("routing", routed["why"])
         threading.Thread(target=self._history.write_regularly, args=(finished,), name="history", daemon=True).start()
         stop.before = lambda: self._flush_workers(board)
         shards = {shard.index: shard for shard in pending}
@@ -510,9 +565,7 @@ class Run:
             self._owner.token if self._owner else "",
             self._name,
             apart,
-            self._job.dataset.root,
-            self._job.dataset.format,
-            self._job.schema,
+            self._work.stage,
             None if self._placement.num_gpus else -(-self._placement.max_actors // nodes),
             self._engine,
             source,
@@ -629,6 +682,16 @@ class Run:
                 return
             time.sleep(0.1)
 
+    def merge(self) -> None:
+        """Write the output in the order of the input, where engines worked in another one and all shards are done.
+
+        Raises:
+            JobFailed: a file cannot be read or written.
+        """
+        if self._routing is not None and self._work.needs_merge and not self._failures:
+            with _as_failures():
+                self._routing.merge(self._work, self._lease.check, partial(_say, self._config))
+
     def finish(self, resumed_rows: int, total_rows: int) -> None:
         """Check the files, mark success, write the report and say how it went.
 
@@ -655,6 +718,7 @@ class Run:
             failures=self._failures,
             starts=starts,
             actors=self._history.actors(),
+            routing=None if self._routing is None else self._routing.report(),
         )
         try:
             self._confirm()
@@ -662,13 +726,14 @@ class Run:
             retrying(lambda: self._output.put_run("report.html", to_html(report)), retries)
             if not self._failures:
                 self._answer()
-                self._output.finish(self._job.shards, self._confirm, retries, self._job.columns.rows_each)
+                shards = self._job.shards if self._work.needs_merge else self._work.shards
+                self._output.finish(shards, self._confirm, retries, self._job.columns.rows_each)
         except OSError as error:
             raise JobFailed(f"the job could not be finished: {_one_line(error)}; {MEND}") from None
         if self._failures:
             where, reason = next(iter(self._failures.items()))
             raise JobFailed(
-                f"{len(self._failures)} of {len(self._job.shards)} shards failed, first {where}: {reason}; "
+                f"{len(self._failures)} of {len(self._work.shards)} shards failed, first {where}: {reason}; "
                 "start again to try them again"
             )
         seconds = self._progress.seconds
@@ -717,12 +782,12 @@ class Run:
         for payload in read_records(self._output.ledger()):
             for index, counts in json.loads(payload):
                 recorded[index] = Counts.from_dict(counts)
-        columns = self._job.columns
-        shards = {shard.index: shard for shard in self._job.shards}
+        stage, output = self._work.stage, self._work.output
+        shards = {shard.index: shard for shard in self._work.shards}
         total = Counts()
-        for index in sorted(self._output.committed()):
+        for index in sorted(output.committed()):
             if index not in recorded:
-                recorded[index] = count_rows(self._output.read_part(index, counted(columns)), columns, shards[index])
+                recorded[index] = count_part(output, shards[index], self._job.columns, stage)
             total.add(recorded[index])
         return total
 
@@ -763,13 +828,13 @@ def _one_line(error: BaseException) -> str:
 # The demo
 
 
-def _show_demo(output: OutputDirectory, config: JobConfig, shards: Sequence[Shard]) -> None:
+def _show_demo(output: OutputDirectory, config: JobConfig) -> None:
     """Some rows of the result, and how many answers are right."""
     prompt, generated = config.prompt.column or "prompt", config.columns.prefix + "generated_text"
     right = rows = 0
     shown: list[tuple[str, str, str]] = []
-    for shard in shards:
-        table = output.read_part(shard.index, [prompt, generated, "answer"])
+    for index in sorted(output.committed()):
+        table = output.read_part(index, [prompt, generated, "answer"])
         for question, texts, answer in zip(*(column.to_pylist() for column in table.columns), strict=True):
             text = texts[0] if isinstance(texts, list) else texts  # of several samples the first
             rows += 1

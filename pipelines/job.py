@@ -121,6 +121,11 @@ def _shard_rows(value: Any) -> Any:
     raise ValueError("must be a number of rows of at least 1, or auto")
 
 
+def _switch(value: Any) -> Any:
+    """YAML reads on and off as booleans."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
 def _node_directory(value: Any) -> Any:
     if value is None or (isinstance(value, str) and value.startswith(("/", "~"))):
         return value
@@ -186,6 +191,14 @@ class RunConfig(_Section):
     shards_in_flight: int = Field(
         default=8, ge=1, description="Shards an actor works on at a time; of few, no more than its share."
     )
+    group_by: str | None = Field(
+        default=None,
+        description="Column whose equal values mark rows that share a prefix: they are brought together, so that one engine computes it.",
+    )
+    prefix_sort: Annotated[Literal["off", "on", "auto"], BeforeValidator(_switch)] = Field(
+        default="off",
+        description="Bring rows together whose prompts begin alike. auto: where a sample of rows says that it saves more than it costs.",
+    )
     journal_flush_s: float = Field(
         default=5.0, gt=0, description="Seconds between flushes of finished rows to the journal."
     )
@@ -227,6 +240,17 @@ class RunConfig(_Section):
             raise ValueError("label_fallbacks need the label_selector that they stand in for")
         return self
 
+    @model_validator(mode="after")
+    def _one_route(self) -> RunConfig:
+        if self.group_by is not None and self.prefix_sort != "off":
+            raise ValueError("group_by and prefix_sort both say which rows go together; leave one out")
+        return self
+
+    @property
+    def may_route(self) -> bool:
+        """Whether rows may run in another order than that of the input."""
+        return self.group_by is not None or self.prefix_sort != "off"
+
     @property
     def selectors(self) -> list[dict[str, str]]:
         """Label selectors in the order they are tried; none: engines run on any node."""
@@ -241,6 +265,12 @@ class JobConfig(_Section):
     )
     input: str = Field(description="Parquet, JSONL or CSV: a file, directory or glob; local, s3://, gs:// and so on.")
     output: str = Field(description="Directory for the result; local paths must be visible to every node.")
+    output_order: Literal["input", "any"] = Field(
+        default="input",
+        alias="output.order",
+        description="Of the rows in the output where run.group_by or run.prefix_sort changes the order they run in: that of the input, or "
+        "any, which saves the pass that restores it.",
+    )
     format: Literal["auto", Format] = Field(
         default="auto",
         description="Of the input; auto: by the names of its files. openai_batch: JSONL of OpenAI's batch API, answered in "
@@ -261,7 +291,7 @@ class JobConfig(_Section):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values that `build` turns back into an equal configuration."""
-        return self.model_dump(mode="json", exclude={"engine": {"model"}, "sampling": {"seed"}})
+        return self.model_dump(mode="json", by_alias=True, exclude={"engine": {"model"}, "sampling": {"seed"}})
 
     def as_yaml(self) -> str:
         """What `--print-config` prints; usable as `--config`."""
@@ -294,10 +324,28 @@ def build(data: Mapping[str, Any]) -> JobConfig:
     check_prompt(config.prompt, config.format)
     if config.run.dedupe:
         check_dedupe("run.dedupe", config.sampling)
+    if config.output_order == "any":
+        _check_any_order(config)
     for name in ("model", "input", "output"):
         if not getattr(config, name):
             raise UserError(f"job config {name!r} is empty; give it a path")
     return config
+
+
+def _check_any_order(config: JobConfig) -> None:
+    """Refuse an order that nothing changes, or that something needs.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if not config.run.may_route:
+        raise UserError(
+            "output.order=any is for jobs with run.group_by or run.prefix_sort, and this one has neither; leave it out"
+        )
+    if config.format == "openai_batch":
+        raise UserError(
+            "output.order=any has no meaning with format=openai_batch, whose answers stand in the order of the input; leave it out"
+        )
 
 
 def _for_batch(config: JobConfig, max_tokens_given: bool) -> JobConfig:
@@ -434,6 +482,10 @@ def load(arguments: Sequence[str]) -> Command:
     if options.demo and not options.config:
         values.update(model=str(DEMO_DIRECTORY / "model"), input=str(DEMO_DIRECTORY / "prompts.parquet"))
         values["output"] = DEMO_OUTPUT
+    if (
+        isinstance(values.get("output"), dict) and "order" in values["output"]
+    ):  # as a section, with the directory from the flag
+        values["output.order"] = values["output"].pop("order")
     for override in options.overrides:
         _apply(values, override)
     for name in ("model", "input", "output"):
@@ -473,7 +525,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"the value of {override!r} is not YAML; quote it") from None
-    *sections, key = name.split(".")
+    *sections, key = [name] if name == "output.order" else name.split(".")
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):

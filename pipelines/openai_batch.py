@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nanovllm import UserError
-from nanovllm.utils.chat import ChatRenderer
+from nanovllm.utils.chat import ChatRenderer, Message
 from pipelines.inputs import BATCH_SCHEMA
 from pipelines.job import PromptConfig
 from pipelines.prompts import Prompt, Rendered, check_prompt_value, read_messages, render_chat
@@ -141,6 +141,18 @@ class BatchRequests:
         body = _body(row)
         endpoint = _endpoint(row)
         return BatchRequest(endpoint, body, _parameters(endpoint, body))
+
+    def source(self, row: Mapping[str, object]) -> str | list[int] | list[Message]:
+        """What the prompt of a row is made of: text, token ids, or a conversation.
+
+        Raises:
+            RowError: it is no request, or has no usable prompt.
+        """
+        request = self.read(row)
+        if request.endpoint == "chat":
+            return read_messages(request.body.get("messages"))
+        prompt = self._text_prompt(request.body)
+        return prompt.text if isinstance(prompt, Rendered) else prompt
 
     def prompt(self, request: BatchRequest) -> Prompt:
         """The prompt of a request.

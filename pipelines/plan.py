@@ -12,15 +12,17 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import xxhash
 
-from pipelines.inputs import Dataset, FileFacts, InputFile, RowRange
+from pipelines.inputs import Dataset, FileFacts, Format, InputFile, RowRange, read_rows
 from pipelines.job import JobConfig
 from pipelines.models import EDGE_BYTES, is_address, look, model_name
+from pipelines.requests import Requests
 from pipelines.rows import ROW_PATH_VERSION
+from pipelines.storage import Location, retrying
 
 # Engine options that change speed or memory and not what a row generates (up to the last bits of its arithmetic).
 # Every other option, those to come included, belongs to the identity of a job.
@@ -44,6 +46,9 @@ UNUSED: dict[str, Any] = {
     "prompt.add_generation_prompt": True,
     "prompt.chat": False,
     "prompt.chat_template_kwargs": {},
+    "output.order": "input",
+    "run.group_by": None,
+    "run.prefix_sort": "off",
     "sampling_columns": {},
 }
 # A shard stays in flight until its longest row is done, most of its rows having ended long before. So an engine is full while its shards
@@ -58,6 +63,7 @@ AUTO_BYTES = 256 << 20  # uncompressed, so that `shards_in_flight` of them and t
 TAPER = 16  # the last shards are so much smaller, where that still fills the engine
 
 Identity = dict[str, Any]
+Place = tuple[str, int]  # of an input row: its file, and its number there
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +94,10 @@ class Shard:
         """What to read."""
         return RowRange(self.file, self.first_row, self.rows, self.offset, self.length)
 
+    def place(self, position: int) -> Place:
+        """Where the row at a position of the shard is."""
+        return self.file, self.first_row + position
+
 
 SHARD_SCHEMA = pa.schema(
     [
@@ -101,6 +111,72 @@ SHARD_SCHEMA = pa.schema(
         ("mtime_ns", pa.int64()),
     ]
 )
+
+
+# Of rows that run in another order than that of the input (`routing`): their place there, and their position among all rows.
+PLACES = pa.schema([("_input_file", pa.string()), ("_input_row", pa.int64()), ("_input_position", pa.int64())])
+
+
+class Stage(NamedTuple):
+    """What engines work on: the input as it is, or its rows in another order (`routing`).
+
+    Attributes:
+        root, format, schema: of the files that shards are parts of.
+        kept: columns that they carry over into the files they write.
+        parts: directory of these files, below the output; "" for the output itself.
+        routed: rows are in another order than in the input; `PLACES` are among the columns.
+    """
+
+    root: Location
+    format: Format
+    schema: pa.Schema
+    kept: tuple[str, ...]
+    parts: str = ""
+    routed: bool = False
+
+    def places(self, shard: Shard, table: pa.Table, rows_each: int = 1) -> Callable[[int], Place] | None:
+        """Where the rows of a shard are in the input, by position; None where `table` does not say. It has `rows_each` rows of each."""
+        if not self.routed:
+            return shard.place
+        if PLACES.names[0] not in table.column_names:
+            return None
+        files, rows = (table[name].to_pylist() for name in PLACES.names[:2])
+        return lambda position: (files[position * rows_each], rows[position * rows_each])
+
+
+def read_shard(root: Location, file_format: Format, shard: Shard, schema: pa.Schema, retries: int) -> pa.Table:
+    """Read the rows of a shard, from the file that it was planned from; a store that fails is asked again `retries` times.
+
+    Raises:
+        OSError, pa.ArrowException: the file is another one now, or cannot be read.
+    """
+    place = root.child(shard.file)
+    retries = 0 if place.appends else retries  # a local disk that fails once fails again
+    info = retrying(lambda: place.fs.get_file_info(place.path), retries)
+    if info.size != shard.size:
+        now = "is gone" if info.size is None else f"has {info.size} bytes"
+        raise OSError(f"{shard.file} had {shard.size} bytes when it was planned and {now}")
+    if place.appends and shard.mtime_ns and info.mtime_ns != shard.mtime_ns:  # object stores round theirs
+        raise OSError(f"{shard.file} was written again since it was planned")
+    return retrying(lambda: read_rows(root, file_format, shard.row_range, schema), retries)
+
+
+def read_head(stage: Stage, shard: Shard, rows: int, schema: pa.Schema) -> pa.Table:
+    """The first rows of a shard, at most so many.
+
+    Raises:
+        OSError, pa.ArrowException: they cannot be read.
+    """
+    wanted = shard.row_range
+    if stage.format == "parquet":  # text is cut at rows whose bytes are known
+        wanted = wanted._replace(rows=min(rows, shard.rows))
+    return read_rows(stage.root, stage.format, wanted, schema).slice(0, rows)
+
+
+def read_schema(stage: Stage, requests: Requests) -> pa.Schema:
+    """The columns of a stage that its shards are read for: those that are kept, and those that requests are made of."""
+    wanted = [*stage.kept, *(PLACES.names if stage.routed else ()), *requests.columns]
+    return pa.schema([stage.schema.field(name) for name in dict.fromkeys(wanted)])
 
 
 FILE_SCHEMA = pa.schema([("path", pa.string()), ("size", pa.int64()), ("mtime_ns", pa.int64())])
@@ -181,7 +257,8 @@ def identity(config: JobConfig, dataset: Dataset) -> Identity:
         **{f"sampling.{key}": value for key, value in settings["sampling"].items()},
         **{f"columns.{key}": value for key, value in settings["columns"].items()},
         **{f"engine.{key}": value for key, value in engine.items()},
-        "run.seed": config.run.seed,
+        "output.order": config.output_order,
+        **{f"run.{key}": settings["run"][key] for key in ("seed", "group_by", "prefix_sort")},
     }
     return {key: value for key, value in settled.items() if key not in UNUSED or value != UNUSED[key]}
 

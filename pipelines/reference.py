@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import types
 import typing
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -79,7 +81,7 @@ def _of_model(path: str, model: type[BaseModel]) -> Iterator[Section]:
         default = field.get_default(call_default_factory=True)
         shown = "" if default is PydanticUndefined else _value(default)
         kind = ", ".join([_kind(field.annotation), *_bounds(field.metadata)])
-        settings.append(Setting(_join(path, name), kind, shown, field.description or ""))
+        settings.append(Setting(_join(path, field.alias or name), kind, shown, field.description or ""))
     if settings or not path:
         yield Section(path, _about(model), settings)
     for inner_path, inner in nested:
@@ -150,7 +152,9 @@ def _kind(annotation: Any) -> str:
 def _value(value: object) -> str:
     if value is None:
         return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value) if value != "" else '""'
+    if isinstance(value, str):
+        return value if yaml.safe_load(value) == value else json.dumps(value)  # `off` is a boolean of YAML
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _join(path: str, name: str) -> str:

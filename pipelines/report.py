@@ -51,6 +51,7 @@ def build_report(
     failures: Mapping[str, str],
     starts: Sequence[Start],
     actors: Sequence[Mapping[str, Any]],
+    routing: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report as plain values. `seconds`, `samples`, `actors` and the `..._rows` but the total are of this start of the job;
     `starts` are all, this one last."""
@@ -95,6 +96,7 @@ def build_report(
         ],
         "cost": cost(usage, counts, gpu),
         "roofline": roofline(usage, counts, gpu, config),
+        "routing": routing,
         "versions": versions(),
         "config": dict(config),
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from array import array
+from typing import Any, Union
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,8 @@ from nanovllm import UserError
 
 # Type of a column that a program handed over as Python objects: what it holds is known row by row.
 OBJECTS = pa.opaque(pa.null(), "object", "python")
+# A prompt's tokens: an array where they come from a column.
+TokenIds = Union[list[int], "array[int]"]
 
 
 class RowError(ValueError):
@@ -25,12 +28,41 @@ def column_values(column: pa.ChunkedArray) -> list[object]:
         return [_value(scalar) for chunk in column.chunks for scalar in chunk]
 
 
+def token_lists(column: pa.ChunkedArray) -> list[object]:
+    """The values of a column of lists of integers: each an array, without an object for each number of it.
+
+    Lists that hold nulls, and those of rarer layouts, are as `column_values` has them.
+    """
+    found: list[object] = []
+    for chunk in column.chunks:
+        plain_layout = pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)
+        if not plain_layout or chunk.values.null_count:
+            found += chunk.to_pylist()
+            continue
+        numbers = chunk.values.to_numpy()
+        code = np.dtype(numbers.dtype).char
+        data, width = memoryview(numbers).cast("B"), numbers.dtype.itemsize
+        ends = (chunk.offsets.to_numpy() * width).tolist()
+        for start, end, is_there in zip(ends, ends[1:], chunk.is_valid().to_pylist(), strict=False):
+            found.append(array(code, data[start:end].tobytes()) if is_there else None)
+    return found
+
+
 def _value(scalar: pa.Scalar) -> object:
     """A value; bytes where there is a string in it that is not UTF-8."""
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return bytes(error.object)
+
+
+def take(column: pa.ChunkedArray, rows: np.ndarray) -> pa.ChunkedArray:
+    """The values of a column at these rows."""
+    try:
+        return column.take(pa.array(rows))
+    except pa.ArrowNotImplementedError:  # of views of strings, also inside of other types
+        values = column.to_pylist()
+        return pa.chunked_array([pa.array([values[row] for row in rows], column.type)])
 
 
 def plain(value: Any) -> Any:

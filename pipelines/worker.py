@@ -31,20 +31,18 @@ from nanovllm import EngineConfig, EngineDeadError, RequestOutput, UserError
 from nanovllm.engine.ranks import RankLauncher
 from pipelines.attempts import AttemptLog, Diagnosis, diagnose, groups, spread
 from pipelines.columns import output_columns
-from pipelines.commit import Journal, OutputDirectory, output_schema, read_journal, retrying
-from pipelines.counts import Counts, count_rows, counted
+from pipelines.commit import Journal, OutputDirectory, read_journal, retrying
+from pipelines.counts import Counts, count_part, count_rows
 from pipelines.dedupe import Copy, Deduplicated
-from pipelines.inputs import Format, read_rows
 from pipelines.job import JobConfig, build
 from pipelines.metrics import EngineMetrics
 from pipelines.models import Source
-from pipelines.plan import SHARD_SCHEMA, Shard
+from pipelines.plan import SHARD_SCHEMA, Shard, Stage, read_schema, read_shard
 from pipelines.processes import born
 from pipelines.progress import WorkerState
 from pipelines.requests import Requests, per_row_parameters, row_seed
 from pipelines.results import RowResult, failed_row
 from pipelines.rows import Engine, RowPath
-from pipelines.storage import Location
 
 T = TypeVar("T")
 
@@ -65,7 +63,7 @@ class Task(NamedTuple):
         token: says that the output directory a worker sees is the one the driver wrote.
         start: of the job, by which attempts are told from those of earlier starts.
         apart: the pool runs what is left when all else is done: suspects, with the engine for themselves.
-        root, format, schema: of the input.
+        stage: what it works on.
         actors_per_node: how many engines share a node's CPUs; None where engines run on GPUs.
         engine: makes the engine from a model and the options of `EngineConfig`; `AsyncLLM` where None.
         source: from where the node fetches the model; None where it is a directory that every node sees.
@@ -76,9 +74,7 @@ class Task(NamedTuple):
     token: str
     start: str
     apart: bool
-    root: Location
-    format: Format
-    schema: pa.Schema
+    stage: Stage
     actors_per_node: int | None
     engine: Callable[..., Engine] | None = None
     source: Source | None = None
@@ -165,18 +161,17 @@ class ShardWorker:
         self._board = board
         self._config: JobConfig = build(task.settings)
         self._task = task
-        self._output = OutputDirectory(self._config.output)
+        self._stage = task.stage
+        self._output = OutputDirectory(self._config.output, task.stage.parts)
         if not self._patiently(self._output.has_token, task.token):
             raise UserError(
                 f"output {self._config.output!r} on node {socket.gethostname()} is not the directory that the driver "
                 "wrote; use a directory that all nodes share, or an object store"
             )
-        kept = output_schema(task.schema, self._config.columns.keep)
-        self._kept = kept.names
-        self._columns = output_columns(self._config, per_row_parameters(self._config, task.schema))
-        self._requests = Requests(self._config, task.schema, self._config.run.seed)
-        read = [name for name in self._requests.columns if name not in kept.names]
-        self._schema = pa.schema([*kept, *(task.schema.field(name) for name in read)])
+        schema = task.stage.schema
+        self._columns = output_columns(self._config, per_row_parameters(self._config, schema))
+        self._requests = Requests(self._config, schema, self._config.run.seed)
+        self._schema = read_schema(task.stage, self._requests)
         make = task.engine
         if make is None:
             from nanovllm import AsyncLLM  # and with it torch, 200 MB that an engine of another kind may do without
@@ -306,9 +301,11 @@ class ShardWorker:
 
     async def _run_rows(self, active: _Active, table: pa.Table, rows: list[int]) -> None:
         """Generate for the rows at some positions of a shard."""
-        shard = active.shard
-        seeds = [row_seed(self._config.run.seed, shard.file, shard.first_row + row, 0) for row in rows]
-        every = self._requests.rows(table.select(self._requests.columns))  # Arrow's `take` knows no string views
+        place = self._stage.places(active.shard, table)
+        assert place is not None  # what is read has the places of its rows, whatever is written
+        seeds = [row_seed(self._config.run.seed, *place(row), 0) for row in rows]
+        read = table.select(self._requests.columns)
+        every = await self._off_loop(self._requests.rows, read)  # Arrow's `take` knows no string views
         try:
             await self._rows.run(
                 self._requests,
@@ -334,27 +331,20 @@ class ShardWorker:
         if self._output.part_rows(shard.index) != shard.rows * self._columns.rows_each:
             return None
         self._output.forget(shard.index)
-        return count_rows(self._output.read_part(shard.index, counted(self._columns)), self._columns, shard)
+        return count_part(self._output, shard, self._columns, self._stage)
 
     def _read(self, shard: Shard) -> pa.Table:
-        place = self._task.root.child(shard.file)
-        retries = 0 if place.appends else self._config.run.write_retries  # a local disk that fails once fails again
-        info = retrying(lambda: place.fs.get_file_info(place.path), retries)
-        if info.size != shard.size:
-            now = "is gone" if info.size is None else f"has {info.size} bytes"
-            raise OSError(f"{shard.file} had {shard.size} bytes when it was planned and {now}")
-        if place.appends and shard.mtime_ns and info.mtime_ns != shard.mtime_ns:  # object stores round theirs
-            raise OSError(f"{shard.file} was written again since it was planned")
-        return retrying(lambda: read_rows(self._task.root, self._task.format, shard.row_range, self._schema), retries)
+        stage = self._stage
+        return read_shard(stage.root, stage.format, shard, self._schema, self._config.run.write_retries)
 
     def _patiently(self, ask: Callable[..., T], *arguments: Any) -> T:
         """Ask the output, again where it fails, as often as a failing write is tried again."""
         return retrying(lambda: ask(*arguments), self._config.run.write_retries)
 
     def _commit(self, shard: Shard, table: pa.Table, results: list[RowResult]) -> Counts:
-        whole = self._columns.extend(table.select(self._kept), results)
+        whole = self._columns.extend(table.select(self._stage.kept), results)
         retrying(lambda: self._output.commit(shard.index, whole), self._config.run.write_retries)
-        return count_rows(whole, self._columns, shard)
+        return count_rows(whole, self._columns, self._stage.places(shard, table))
 
     async def _off_loop(self, work: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._io, work, *arguments)

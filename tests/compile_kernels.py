@@ -29,7 +29,7 @@ BF16, F32, I32, I64 = "*bf16", "*fp32", "*i32", "*i64"
 FP8, I8, I16, U8 = "*fp8e4nv", "*i8", "*i16", "*u8"
 QKV = {"q_ptr": BF16, "k_ptr": BF16, "v_ptr": BF16, "out_ptr": BF16, "block_tables": I32}
 DECODE = {**QKV, "starts": I32, "items": I32, "partial_out": F32, "partial_lse": F32, "arrived": I32}
-DECODE |= {"entries": I32, "entry_counts": I32, "shared_out": F32, "shared_lse": F32}
+DECODE |= {"shared_out": F32, "shared_lse": F32}
 DECODE_SHAPE = {
     "NUM_KV_HEADS": 8,
     "GROUP": 2,
@@ -39,7 +39,7 @@ DECODE_SHAPE = {
     "BLOCK_SIZE": 64,
     "TILE": 64,
 }
-DECODE_SHAPE |= {"MERGE_G": 2, "MERGE_J": 32, "STAGES": 6, "PRECISION": "tf32", "PDL": True}
+DECODE_SHAPE |= {"MERGE_G": 2, "MERGE_J": 32, "SHARED_J": 8, "STAGES": 6, "PRECISION": "tf32", "ASM": True, "PDL": True}
 PREFILL_SHAPE = {"NUM_HEADS": 16, "GROUP": 2, "HEAD_DIM": 128, "BLOCK_D": 128, "BLOCK_SIZE": 64, "BLOCK_M": 64}
 PREFILL_SHAPE |= {"BLOCK_N": 64, "STAGES": 3, "PRECISION": "tf32"}
 PLAN_SHAPE = {"TILE": 64, "MIN_TILES": 4, "ITEM_TILES": 2, "BLOCK_B": 256, "BLOCK_P": 256}
@@ -57,26 +57,37 @@ ROPE_SHAPE |= {"PDL": True}
 NORM = {"x_ptr": BF16, "residual_ptr": BF16, "normed_ptr": BF16, "total_ptr": BF16, "eps": "fp32"}
 GROUPED = {"x_ptr": BF16, "weight_ptr": BF16, "out_ptr": BF16, "order": I32, "plan": I32}
 
+# Window, soft cap, shared prefixes, cache in eight bits.
+SWITCHES = ((0, 0.0, True, True), (0, 0.0, False, False), (1000, 72.1, False, True), (1000, 72.1, False, False))
+
 
 def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     """Name, kernel, types of what is no int32, constants."""
     found: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
-    scaled = {"scale_log2": "fp32"}
-    for window, softcap, shared in ((0, 0.0, True), (1000, 72.1, False)):
-        kind = f"window {window}, softcap {softcap}, shared {shared}"
+    for window, softcap, shared, fp8 in SWITCHES:
+        kind = f"window {window}, softcap {softcap}, shared {shared}, fp8 {fp8}"
+        none = {} if fp8 else {"scales": None}
+        scaled = {"scale_log2": "fp32"} | ({"scales": I32} if fp8 else {})
+        words, values = ({"k_ptr": cache, "v_ptr": cache} if fp8 else {} for cache in (I16, FP8))
         switches = {"WINDOW": window, "WINDOWED": window > 0, "SOFTCAP": softcap, "SHARED": shared}
-        found.append((f"decode, {kind}", paged_decode._decode_kernel, DECODE | scaled, DECODE_SHAPE | switches))
+        switches |= none
+        found.append((f"decode, {kind}", paged_decode._decode_kernel, DECODE | words | scaled, DECODE_SHAPE | switches))
         prefill = {**QKV, "tiles": I32, **scaled}
-        found.append((f"prefill, {kind}", paged_prefill._prefill_kernel, prefill, PREFILL_SHAPE | switches))
+        found.append((f"prefill, {kind}", paged_prefill._prefill_kernel, prefill | values, PREFILL_SHAPE | switches))
         plan = {"slots": I64, "context_lens": I64, "starts": I32, "items": I32, "skipped": I32, "row_of": I32}
+        plan |= {"entries": I32, "entry_counts": I32}
         found.append((f"plan, {kind}", paged_decode._plan_kernel, plan, PLAN_SHAPE | switches))
-        part = {**QKV, "items": I32, "members": I32, "entries": I32, "rows": I32, "out_ptr": F32, "lse_ptr": F32}
-        shape = PREFILL_SHAPE | switches | {"ROWS": 64, "TILE": 64}
-        found.append((f"shared, {kind}", shared_prefix._shared_kernel, part | scaled, shape))
-    for rotary, weight in ((96, BF16), (128, F32)):
-        types = ROPE | {"q_weight": weight, "k_weight": weight}
+        part = {**QKV, "items": I32, "num_items": I32, "members": I32, "entries": I32, "rows": I32}
+        part |= {"out_ptr": F32, "lse_ptr": F32}
+        shape = PREFILL_SHAPE | switches | {"ROWS": 64, "TILE": 64, "PDL": True}
+        found.append((f"shared, {kind}", shared_prefix._shared_kernel, part | values | scaled, shape))
+    for rotary, weight, cache in ((96, BF16, BF16), (128, F32, FP8)):
+        types = ROPE | {"q_weight": weight, "k_weight": weight, "k_cache": cache, "v_cache": cache}
+        scales = {"scales": None}
+        if cache == FP8:
+            types, scales = types | {"scales": BF16}, {}
         kernel = qk_norm_rope._qk_norm_rope_store_kernel
-        found.append((f"rope {rotary} {weight}", kernel, types, ROPE_SHAPE | {"ROTARY": rotary}))
+        found.append((f"rope {rotary} {weight} {cache}", kernel, types, ROPE_SHAPE | scales | {"ROTARY": rotary}))
     norm = {"ADD": True, "SPLITS": 1, "BLOCK": 1024, "PDL": True}
     found.append(("norm", layernorm._add_rms_norm_kernel, NORM | {"weight_ptr": F32}, norm))
     reduced = NORM | {"weight_ptr": F32, "addresses_ptr": I64}
@@ -91,12 +102,18 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     shape = {"NUM_GROUPS": 128, "BLOCK_M": 64, "BLOCK_G": 128, "BLOCK": grouping.BLOCK, "PDL": True}
     found.append(("count", grouping._count_kernel, grouping_types, shape))
     found.append(("place", grouping._place_kernel, grouping_types, shape))
-    for pairs, even, gated in ((8, True, True), (8, True, False), (99999, False, True), (99999, True, False)):
-        block_m, *products = fused_moe.moe_tiles(pairs, 128)
-        tiles = products[not gated]
+    for pairs, even, gated in (
+        (8, True, True),
+        (8, True, False),
+        (2048, False, True),
+        (99999, False, True),
+        (99999, True, False),
+    ):
+        moe = fused_moe.moe_tiles(pairs, 128, grouped=pairs > 8)
+        block_m, tiles = moe.block_m, moe.gate_up if gated else moe.down
         shape = {"BLOCK_M": block_m, "TAIL_M": min(block_m, fused_moe.TAIL_M), "BLOCK_N": tiles.block_n}
         shape |= {"BLOCK_K": tiles.block_k, "STAGES": tiles.stages, "GATED": gated, "GROUPED": pairs > 8, "TOP_K": 8}
-        shape |= {"EVEN_N": even, "EVEN_K": even, "PREFETCH": 8, "PRECISION": "tf32", "PDL": True}
+        shape |= {"TURNS": moe.turns, "EVEN_N": even, "EVEN_K": even, "PREFETCH": 8, "PRECISION": "tf32", "PDL": True}
         kind = f"grouped {block_m}, even {even}, gated {gated}"
         shape |= {"num_warps": tiles.warps}
         plain = {"x_scale_ptr": None, "scale_ptr": None, "APART": False}

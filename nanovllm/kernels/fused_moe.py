@@ -42,23 +42,27 @@ class ProductTiles(NamedTuple):
 
 
 class MoeTiles(NamedTuple):
-    """Pairs of a tile, and the two products' columns."""
+    """Pairs of a tile, the two products' columns, and tiles that take their columns in turns (1: each all of its own first)."""
 
     block_m: int
     gate_up: ProductTiles
     down: ProductTiles
+    turns: int = 1
 
 
-def moe_tiles(pairs: int, num_experts: int) -> MoeTiles:
-    """Tiles for `pairs` pairs over `num_experts` experts: the smallest that most experts' pairs fit into."""
+def moe_tiles(pairs: int, num_experts: int, *, grouped: bool = True) -> MoeTiles:
+    """Tiles for `pairs` pairs over `num_experts` experts, from what was fastest on an H200 (bench/NOTES.md).
+
+    A tile that twice the mean number of an expert's pairs fit into reads nearly all weights once.
+    """
     each = pairs / num_experts
-    if each <= 16:
-        return MoeTiles(16, ProductTiles(64, 128, 4, 4), ProductTiles(64, 128, 4, 4))
-    if each <= 32:
-        return MoeTiles(32, ProductTiles(64, 128, 4, 4), ProductTiles(64, 128, 4, 4))
-    if each <= 64:
-        return MoeTiles(64, ProductTiles(64, 64, 4, 4), ProductTiles(64, 64, 4, 4))
-    return MoeTiles(128, ProductTiles(128, 64, 3, 8), ProductTiles(128, 64, 3, 8))
+    if not grouped:
+        return MoeTiles(16, ProductTiles(32, 128, 4, 4), ProductTiles(64, 64, 6, 4))
+    if each <= 8:
+        return MoeTiles(16, ProductTiles(32, 128, 4, 2), ProductTiles(32, 128, 4, 2))
+    if each <= 24:
+        return MoeTiles(32, ProductTiles(64, 128, 3, 4), ProductTiles(64, 128, 3, 4))
+    return MoeTiles(128, ProductTiles(128, 64, 4, 8), ProductTiles(256, 64, 3, 8), turns=1 if each <= 128 else 8)
 
 
 def groups_pairs(pairs: int, top_k: int, num_experts: int) -> bool:
@@ -127,9 +131,9 @@ def _route_kernel(
     ids = tl.zeros((BLOCK_K,), tl.int32)
     weights = tl.zeros((BLOCK_K,), tl.float32)
     for k in tl.static_range(TOP_K):
-        best = tl.argmax(probs, axis=0)
+        most, best = tl.max(probs, axis=0, return_indices=True)
         ids = tl.where(place == k, best.to(tl.int32), ids)
-        weights = tl.where(place == k, tl.max(probs, axis=0), weights)
+        weights = tl.where(place == k, most, weights)
         probs = tl.where(expert == best, -1.0, probs)
     if NORMALIZE:
         weights = weights / tl.sum(weights, axis=0)
@@ -193,20 +197,21 @@ def fused_experts(
     (tokens, hidden), (experts, _, size), top_k = x.shape, down.shape, ids.shape[1]
     pairs = tokens * top_k
     assert x.stride(1) == 1 and gate_up.is_contiguous() and down.is_contiguous() and ids.is_contiguous()
-    tiles = tiles or moe_tiles(pairs, experts)
+    grouped = groups_pairs(pairs, top_k, experts)
+    tiles = tiles or moe_tiles(pairs, experts, grouped=grouped)
     order, plan = ids, None
-    if groups_pairs(pairs, top_k, experts):
+    if grouped:
         order, plan = group_rows(ids, experts, first_expert, tiles.block_m)
     inner = torch.empty(pairs, size, dtype=x.dtype, device=x.device)
     outer = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
     out = torch.empty_like(x) if out is None else out
-    for rows, weight, result, cut in ((x, gate_up, inner, tiles.gate_up), (inner, down, outer, tiles.down)):
-        gated, scaled = weight is gate_up, None
+    for rows, weight, result, gated in ((x, gate_up, inner, True), (inner, down, outer, False)):
+        scaled = None
         if scales is not None:
             scale = scales.gate_up if gated else scales.down
             rows, row_scale = quantize_rows(rows, weight.dtype, _columns_of(scale))
             scaled = row_scale, scale
-        grouped_linear(rows, weight, result, order, plan, first_expert, top_k, tiles.block_m, cut, scaled, gated=gated)
+        grouped_linear(rows, weight, result, order, plan, first_expert, top_k, tiles, scaled, gated=gated)
     pdl = use_pdl(x)
     _weighted_sum_kernel[(tokens, triton.cdiv(hidden, 1024))](
         outer,
@@ -239,8 +244,7 @@ def grouped_linear(
     plan: torch.Tensor | None,
     first_expert: int,
     top_k: int,
-    block_m: int,
-    tiles: ProductTiles,
+    tiles: MoeTiles,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     gated: bool,
@@ -254,14 +258,16 @@ def grouped_linear(
             tiles, `out` [T * K, H] in the order of pairs. The second product follows the first at once.
     """
     n, k = out.shape[1], x.shape[1]
-    block_k = min(tiles.block_k, max(16, triton.next_power_of_2(k)))
+    block_n, block_k, stages, warps = tiles.gate_up if gated else tiles.down
+    block_k = min(block_k, max(16, triton.next_power_of_2(k)))
     x_scale, scale = (None, None) if scales is None else scales
     apart = scale is not None and len(scale) > 1
     if scale is not None:
         assert scale.is_contiguous() and k % GROUP == 0
         block_k = GROUP
+    count = len(out) if plan is None else len(plan)
     pdl = use_pdl(x)
-    _grouped_linear_kernel[(triton.cdiv(n, tiles.block_n), len(out) if plan is None else len(plan))](
+    _grouped_linear_kernel[(triton.cdiv(n, block_n) * count,)](
         x,
         weight,
         out,
@@ -271,6 +277,7 @@ def grouped_linear(
         plan,
         first_expert,
         len(weight),
+        count,
         n,
         k,
         x.stride(0),
@@ -279,22 +286,23 @@ def grouped_linear(
         APART=apart,
         GROUPED=plan is not None,
         TOP_K=top_k,
-        BLOCK_M=block_m,
-        TAIL_M=min(block_m, TAIL_M),
-        BLOCK_N=tiles.block_n,
+        BLOCK_M=tiles.block_m,
+        TAIL_M=min(tiles.block_m, TAIL_M),
+        BLOCK_N=block_n,
         BLOCK_K=block_k,
-        EVEN_N=n % tiles.block_n == 0,
+        EVEN_N=n % block_n == 0,
         EVEN_K=k % block_k == 0,
-        STAGES=tiles.stages,
+        TURNS=tiles.turns,
+        STAGES=stages,
         PREFETCH=min(k * x.dtype.itemsize, PREFETCH_BYTES) // 128,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         PDL=pdl,
         launch_pdl=pdl,
-        num_warps=tiles.warps,
+        num_warps=warps,
     )
 
 
-@triton.jit(do_not_specialize=["first_expert", "num_experts", "x_rows"])
+@triton.jit(do_not_specialize=["first_expert", "num_experts", "num_tiles", "x_rows"])
 def _grouped_linear_kernel(
     x_ptr,
     weight_ptr,
@@ -305,6 +313,7 @@ def _grouped_linear_kernel(
     plan,
     first_expert,
     num_experts,
+    num_tiles,
     n_size,
     k_size,
     stride_x,
@@ -319,14 +328,19 @@ def _grouped_linear_kernel(
     BLOCK_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TURNS: tl.constexpr,
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # An expert's tiles run one after the other, each with all its columns: its weight stays in the L2 cache, and so do the rows.
-    index = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK_N
+    # Tiles of an expert follow each other, so TURNS of them read the same columns of its weight at about the same time.
+    across = (n_size + BLOCK_N - 1) // BLOCK_N
+    turn = tl.program_id(0) // (across * TURNS) * TURNS
+    tiles = tl.minimum(num_tiles - turn, TURNS)
+    within = tl.program_id(0) % (across * TURNS)
+    index = turn + within % tiles
+    column = within // tiles * BLOCK_N
     if PDL and GATED:
         # What says which pairs are whose was made just before.
         tl.extra.cuda.gdc_wait()
@@ -413,15 +427,18 @@ def _product_tile(
         x_row, out_row = m, pair
     n = column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    # Gated, rows of gate and up take turns, so that one product makes both of a column where one thread has them.
+    COLUMNS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    n_row = column + (tl.arange(0, COLUMNS) // 2 if GATED else tl.arange(0, COLUMNS))
     # Past the end the last row is read again, and not stored.
-    n_row = n if EVEN_N else tl.minimum(n, n_size - 1)
+    if not EVEN_N:
+        n_row = tl.minimum(n_row, n_size - 1)
+    if GATED:
+        n_row += tl.arange(0, COLUMNS) % 2 * n_size
     x_tile = x_ptr + x_row.to(tl.int64)[:, None] * stride_x + k[None, :]
     weight_tile = weight_ptr + n_row.to(tl.int64)[None, :] * k_size + k[:, None]
     SUM: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 and not APART else tl.float32
-    acc = tl.zeros((BLOCK_M, BLOCK_N), SUM)
-    if GATED:
-        up_tile = weight_tile + n_size.to(tl.int64) * k_size
-        up_acc = tl.zeros((BLOCK_M, BLOCK_N), SUM)
+    acc = tl.zeros((BLOCK_M, COLUMNS), SUM)
     for start in tl.range(0, k_size, BLOCK_K, num_stages=STAGES):
         if EVEN_K:
             x = tl.load(x_tile, mask=inside[:, None], other=0.0)
@@ -433,33 +450,20 @@ def _product_tile(
         if APART:
             group = start // BLOCK_K
             x_scale = tl.load(x_scale_ptr + group * x_rows + x_row, mask=inside, other=0.0)
-            scale_at = scale_ptr + group.to(tl.int64) * weight_rows + n_row
-            acc += _scaled_part(x, weight, x_scale, tl.load(scale_at))
+            acc += _scaled_part(x, weight, x_scale, tl.load(scale_ptr + group.to(tl.int64) * weight_rows + n_row))
         else:
             acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=SUM)
-        if GATED:
-            if EVEN_K:
-                up = tl.load(up_tile)
-            else:
-                up = tl.load(up_tile, mask=rest[:, None], other=0.0)
-            if APART:
-                up_acc += _scaled_part(x, up, x_scale, tl.load(scale_at + n_size))
-            else:
-                up_acc = tl.dot(x, up, up_acc, input_precision=PRECISION, out_dtype=SUM)
-            up_tile += BLOCK_K
         x_tile += BLOCK_K
         weight_tile += BLOCK_K
     dtype = out_ptr.dtype.element_ty
     if scale_ptr is not None and not APART:
         x_scale = tl.load(x_scale_ptr + x_row, mask=inside, other=0.0)[:, None]
         acc = acc.to(tl.float32) * x_scale * tl.load(scale_ptr + n_row)[None, :]
-        if GATED:
-            up_acc = up_acc.to(tl.float32) * x_scale * tl.load(scale_ptr + n_size + n_row)[None, :]
     if GATED:
         # Rounded where the product, silu and their product are in torch.
-        gate = acc.to(dtype).to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-        acc = silu * up_acc.to(dtype).to(tl.float32)
+        gate, up = tl.split(tl.reshape(acc.to(dtype), (BLOCK_M, BLOCK_N, 2)))
+        gate = gate.to(tl.float32)
+        acc = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up.to(tl.float32)
     out = out_ptr + out_row.to(tl.int64)[:, None] * n_size + n[None, :]
     tl.store(out, acc.to(dtype), mask=inside[:, None] & (n < n_size)[None, :])
 

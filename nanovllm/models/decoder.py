@@ -77,6 +77,7 @@ class SelfAttention(nn.Module):
             self.attn.k_cache,
             self.attn.v_cache,
             context.slot_mapping,
+            self.attn.scales,
         )
         out: torch.Tensor = self.o_proj(self.attn(q, context))
         return out

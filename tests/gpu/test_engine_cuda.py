@@ -158,7 +158,7 @@ def test_scores_and_constrained_rows_beside_decodes(
 @pytest.mark.parametrize("options", [{}, {"enforce_eager": True}, {"max_num_seqs": 5}], ids=str)
 def test_shared_prefixes(model: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """One instruction, documents for some of the rows, in several levels; the plain path's tokens."""
-    for name, value in (("LEAST_TOKENS", 16), ("LEAST_SAVED", 1), ("LEAST_SAVED_STEP", 1), ("ENTRY_TOKENS", 0)):
+    for name, value in (("LEAST_TOKENS", 16), ("LEAST_SAVED", 1), ("LEAST_SAVED_BYTES", 1), ("ENTRY_TOKENS", 0)):
         monkeypatch.setattr(shared_prefix, name, value)
     rng = random.Random(2)
     documents = [[rng.randrange(257) for _ in range(60)] for _ in range(4)]

@@ -96,13 +96,13 @@ def kill_everything(process: subprocess.Popen[Any]) -> None:
     process.communicate(timeout=60)
 
 
-def wait_for(what: Callable[[], T], process: subprocess.Popen[str], timeout: float = 120) -> T:
-    """Wait for a state of a running job: until `what` returns something true, which is returned."""
+def wait_for(what: Callable[[], T], process: subprocess.Popen[str], timeout: float = 120, every: float = 0.05) -> T:
+    """Wait for a state of a running job: until `what`, asked `every` so many seconds, returns something true, which is returned."""
     deadline = time.monotonic() + timeout
     while not (found := what()):
         assert process.poll() is None, f"the job ended first: {process.communicate()}"
         assert time.monotonic() < deadline, "the job never came so far"
-        time.sleep(0.05)
+        time.sleep(every)
     return found
 
 

@@ -72,6 +72,16 @@ def case(name: str, *expected: str) -> Callable[[Callable[[Place], list[str]]], 
 CASES: dict[str, tuple[Callable[[Place], list[str]], tuple[str, ...]]] = {}
 
 
+@case("rows grouped by no column", "input has no column 'promt' (run.group_by): did you mean 'prompt'?")
+def _(place: Place) -> list[str]:
+    return place.arguments("run.group_by=promt")
+
+
+@case("any order where nothing changes it", "output.order=any is for jobs with run.group_by or run.prefix_sort")
+def _(place: Place) -> list[str]:
+    return place.arguments("output.order=any")
+
+
 @case("input missing", "'/", "does not exist")
 def _(place: Place) -> list[str]:
     shutil.rmtree(place.input)

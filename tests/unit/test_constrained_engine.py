@@ -65,7 +65,7 @@ def test_every_constrained_output_parses(chat_model_dir: Path, monkeypatch: pyte
     for options in ENGINES:
         chunk_cost, threads = options.get("chunk_cost"), options.get("threads")
         if threads:
-            monkeypatch.setattr(os, "cpu_count", lambda cpus=4 * threads: cpus)
+            monkeypatch.setattr(os, "cpu_count", lambda cpus=2 * threads: cpus)
         own = {key: value for key, value in options.items() if key not in ("chunk_cost", "threads")}
         llm = LLM(str(chat_model_dir), kvcache_block_size=16, **own)
         llm.executor.chunk_cost = chunk_cost or llm.executor.chunk_cost

@@ -126,7 +126,7 @@ def test_there_are_always_enough_tiles() -> None:
             MoeTiles(16, ProductTiles(32, 32, 2, 4), ProductTiles(16, 64, 2, 4)),
         ),  # two experts without a pair, several tiles an expert
         (70, 130, 17, 5, 1, None, MoeTiles(64, ProductTiles(64, 64, 2, 4), ProductTiles(64, 64, 2, 4))),
-        (24, 48, 64, 3, 3, None, MoeTiles(32, ProductTiles(16, 16, 2, 4), ProductTiles(16, 16, 2, 4))),
+        (24, 48, 64, 3, 3, None, MoeTiles(32, ProductTiles(16, 16, 2, 4), ProductTiles(16, 16, 2, 4), 4)),
         (2, 64, 32, 32, 2, None, None),  # pairs that are not grouped
         (
             120,
@@ -175,7 +175,7 @@ def test_fused_experts(
         "empty",
         lambda *a, dtype, **k: empty(*a, dtype=dtype, **k).fill_(math.nan if dtype.is_floating_point else 1 << 29),
     )
-    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    tolerance = 2e-5 if dtype == torch.float32 else 3e-2
     out = fused_experts(x, gate_up, down, ids, weights, tiles=tiles)
     expected = fused_experts_torch(x.float(), gate_up.float(), down.float(), ids, weights)
     torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
@@ -242,4 +242,4 @@ def test_the_reference_is_a_sum_of_experts() -> None:
 
 
 def test_tiles_grow_with_the_pairs_of_an_expert() -> None:
-    assert [moe_tiles(pairs, 128).block_m for pairs in (8, 2048, 4096, 8192, 32768)] == [16, 16, 32, 64, 128]
+    assert [moe_tiles(pairs, 128).block_m for pairs in (8, 1024, 2048, 8192, 32768)] == [16, 16, 32, 128, 128]

@@ -151,7 +151,7 @@ def test_errors_are_kept_with_their_place(tmp_path: Path) -> None:
     for row in (5, 6, 7, 8):
         rows[row] = failed_row(f"too long: {row} tokens")
     rows[50] = failed_row("x" * 5000)
-    counts = count_rows(wide.table(rows), wide, SHARD)
+    counts = count_rows(wide.table(rows), wide, SHARD.place)
     assert [(sample.row, sample.message) for sample in counts.error_samples[:SAMPLES_EACH]] == [
         (505, "too long: 5 tokens"),
         (506, "too long: 6 tokens"),
@@ -165,7 +165,7 @@ def test_errors_are_kept_with_their_place(tmp_path: Path) -> None:
     assert len(again.error_samples) == SAMPLES_EACH + 2  # a kind that has enough gets no more
     assert count_rows(wide.table(rows), wide).error_samples == []
     many = [failed_row("kind " + chr(ord("a") + number % 26) + "b" * (number // 26)) for number in range(100)]
-    assert len({sample.kind for sample in count_rows(wide.table(many), wide, SHARD).error_samples}) == KINDS
+    assert len({sample.kind for sample in count_rows(wide.table(many), wide, SHARD.place).error_samples}) == KINDS
 
 
 @pytest.mark.parametrize("form", ["list", "rows"])

@@ -18,10 +18,10 @@ import pipelines.worker
 from nanovllm import EngineDeadError, RequestOutput, SamplingParams
 from nanovllm.engine.stats import EngineStats
 from pipelines.attempts import AttemptLog
-from pipelines.commit import Journal, OutputDirectory, read_journal
+from pipelines.commit import Journal, OutputDirectory, output_schema, read_journal
 from pipelines.inputs import list_dataset, measure
 from pipelines.job import JobConfig, build
-from pipelines.plan import SHARD_SCHEMA, Shard, cut
+from pipelines.plan import SHARD_SCHEMA, Shard, Stage, cut
 from pipelines.requests import row_seed
 from pipelines.results import RowResult, Sample
 from pipelines.worker import ENGINE_DIED, ShardWorker, Task
@@ -92,7 +92,10 @@ class Bench:
         self.output = OutputDirectory(self.config.output)
         owner = self.output.create({}, dataset.format, schema, self.shards)
         settings = self.config.as_dict()
-        self.task = Task(settings, owner.token, "first", False, dataset.root, dataset.format, schema, None, FakeEngine)
+        stage = Stage(
+            dataset.root, dataset.format, schema, tuple(output_schema(schema, self.config.columns.keep).names)
+        )
+        self.task = Task(settings, owner.token, "first", False, stage, None, FakeEngine)
 
     def worker(self, **changes: Any) -> tuple[ShardWorker, FakeEngine]:
         worker = ShardWorker(self.task._replace(**changes), None)  # type: ignore[arg-type]
@@ -261,7 +264,7 @@ def test_columns_to_keep_need_not_hold_the_prompt(tmp_path: Path, bench: Bench) 
 def test_prompts_may_be_string_views(tmp_path: Path, bench: Bench) -> None:
     (tmp_path / "second").mkdir()
     other = Bench(tmp_path / "second", kind=pa.string_view())
-    assert other.task.schema.field("prompt").type == pa.string_view()
+    assert other.task.stage.schema.field("prompt").type == pa.string_view()
     worker, engine = other.worker()
     assert other.work(worker, other.shards[0])["status"] == "done"
     assert engine.prompts == [f"row {number}" for number in range(other.shards[0].rows)]
