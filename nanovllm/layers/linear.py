@@ -15,8 +15,8 @@ from nanovllm.kernels.skinny_linear import choose_tiles, skinny_linear
 from nanovllm.layers.activation import gelu_and_mul, silu_and_mul
 from nanovllm.layers.lora import LoraWeights
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.layers.quantized import Numbers, QuantizedWeight, some_columns, some_rows
-from nanovllm.models.quantization import WeightScheme
+from nanovllm.layers.quantized import Numbers, QuantizedWeight, RoundedRows, some_columns, some_rows
+from nanovllm.models.quantization import WeightFormat, WeightScheme
 
 
 class ParallelLinear(nn.Module):
@@ -51,9 +51,23 @@ class ParallelLinear(nn.Module):
         """As `load`, into the quantised weight; a plain `weight` is quantised."""
         raise NotImplementedError
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def product(self, x: torch.Tensor | RoundedRows, bias: torch.Tensor | None) -> torch.Tensor:
         """`x` [T, in_features] times the weight, plus `bias`: [T, out_features]."""
-        return F.linear(x, self.weight, bias) if self.quantized is None else self.quantized.linear(x, bias)
+        if self.quantized is not None:
+            return self.quantized.linear(x, bias)
+        assert isinstance(x, torch.Tensor)
+        return F.linear(x, self.weight, bias)
+
+    @property
+    def takes_rounded(self) -> WeightFormat | None:
+        """The weight's format, where activations are made 8 bits for it and nobody else asks for them; None where not."""
+        if (
+            self.quantized is None
+            or not self.quantized.form.activations
+            or (self.lora is not None and self.lora.active)
+        ):
+            return None
+        return self.quantized.form
 
 
 class ColumnParallelLinear(ParallelLinear):
@@ -121,8 +135,10 @@ class GatedColumnParallelLinear(ColumnParallelLinear):
         super().__init__(in_features, parts, bias, (features, features))
         self.activation = activation
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, in_features] -> [T, this rank's rows of one part]."""
+    def forward(self, x: torch.Tensor, rounded: WeightFormat | None = None) -> torch.Tensor | RoundedRows:
+        """[T, in_features] -> [T, this rank's rows of one part], `rounded` for the product that comes next."""
+        if rounded is not None and self.activation == "silu":
+            return RoundedRows.of(super().forward(x), rounded, gated=True)
         if self.activation != "silu":
             return gelu_and_mul(super().forward(x))
         if self.lora is not None and self.lora.active:
@@ -176,22 +192,26 @@ class RowParallelLinear(ParallelLinear):
     def _columns_of_rank(self) -> slice:
         return slice(self.tp.rank * self.in_features, (self.tp.rank + 1) * self.in_features)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
         """[T, in_features / size] -> this rank's partial sums [T, out_features], or [S, T, out_features] in float32."""
         out = self._base(x, self.bias if self.tp.rank == 0 else None)
         # To partial sums as well: it is linear.
-        return self.lora.add(x, out) if self.lora is not None and self.lora.active else out
+        if self.lora is None or not self.lora.active:
+            return out
+        assert isinstance(x, torch.Tensor)
+        return self.lora.add(x, out)
 
-    def _base(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _base(self, x: torch.Tensor | RoundedRows, bias: torch.Tensor | None) -> torch.Tensor:
         """The product without adapters."""
         if self.tp.size > 1:
             return self._whole(x, bias)
         if self.quantized is not None:
             return self.quantized.linear(x, bias, partial=self.splits)
+        assert isinstance(x, torch.Tensor)
         tiles = choose_tiles(x, self.weight, partial=self.splits)
         return self._whole(x, bias) if tiles is None else skinny_linear(x, self.weight, tiles, bias)
 
-    def _whole(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _whole(self, x: torch.Tensor | RoundedRows, bias: torch.Tensor | None) -> torch.Tensor:
         """The product, in one piece on each rank."""
         out = None
         if self.tp.size > 1:
@@ -200,6 +220,7 @@ class RowParallelLinear(ParallelLinear):
             return self.product(x, bias)
         if self.quantized is not None:
             return self.quantized.linear(x, bias, out)
+        assert isinstance(x, torch.Tensor)
         weight = self.weight.t()
         return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
 
