@@ -108,7 +108,7 @@ class Prompts:
                 template_variables=self._config.chat_template_kwargs,
             )
 
-    def source(self, row: Mapping[str, object]) -> str | list[int] | list[Message]:
+    def source(self, row: Mapping[str, object]) -> str | TokenIds | list[Message]:
         """What the prompt of a row is made of: text, token ids, or a conversation.
 
         Raises:

@@ -58,7 +58,13 @@ NORM = {"x_ptr": BF16, "residual_ptr": BF16, "normed_ptr": BF16, "total_ptr": BF
 GROUPED = {"x_ptr": BF16, "weight_ptr": BF16, "out_ptr": BF16, "order": I32, "plan": I32}
 
 # Window, soft cap, shared prefixes, cache in eight bits.
-SWITCHES = ((0, 0.0, True, True), (0, 0.0, False, False), (1000, 72.1, False, True), (1000, 72.1, False, False))
+SWITCHES = (
+    (0, 0.0, True, True),
+    (0, 0.0, True, False),
+    (0, 0.0, False, False),
+    (1000, 72.1, False, True),
+    (1000, 72.1, False, False),
+)
 
 
 def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
