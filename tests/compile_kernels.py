@@ -173,6 +173,7 @@ def quantized_forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         for group in (128, 4096):
             types = {"x_ptr": BF16, "numbers_ptr": numbers, "scale_ptr": F32}
             shape = {"LARGEST": 448.0, "LEAST_SCALE": 1e-10, "GROUP": group, "INTEGER": kind == "int8", "BLOCK": 4096}
+            shape |= {"GATED": group == 128}
             found.append(
                 (
                     f"quantize {kind} {group}",

@@ -199,6 +199,8 @@ class ModelRunner:
                 init_dummy(self.model)
             else:
                 load_model(self.model, resolve_model(config.model), model_config.quantization, online)
+        if quantization is not None and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of what quantised weights were made of, some of it on streams that nothing else uses
         self.adapter_tokens: AdapterTokens | None = None
         if config.lora_adapters:
             with torch.device("meta"):

@@ -16,8 +16,8 @@ from nanovllm.kernels.skinny_linear import SkinnyTiles, choose_tiles, skinny_lin
 from nanovllm.layers.activation import gelu_and_mul, silu_and_mul
 from nanovllm.layers.lora import LoraWeights
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.layers.quantized import Numbers, QuantizedWeight, some_columns, some_rows
-from nanovllm.models.quantization import WeightScheme
+from nanovllm.layers.quantized import Numbers, QuantizedWeight, RoundedRows, some_columns, some_rows
+from nanovllm.models.quantization import WeightFormat, WeightScheme
 
 
 class ParallelLinear(nn.Module):
@@ -52,9 +52,19 @@ class ParallelLinear(nn.Module):
         """As `load`, into the quantised weight; a plain `weight` is quantised."""
         raise NotImplementedError
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def product(self, x: torch.Tensor | RoundedRows, bias: torch.Tensor | None) -> torch.Tensor:
         """`x` [T, in_features] times the weight, plus `bias`: [T, out_features]."""
-        return F.linear(x, self.weight, bias) if self.quantized is None else self.quantized.linear(x, bias)
+        if self.quantized is not None:
+            return self.quantized.linear(x, bias)
+        assert isinstance(x, torch.Tensor)
+        return F.linear(x, self.weight, bias)
+
+    @property
+    def takes_rounded(self) -> WeightFormat | None:
+        """The weight's format, where activations are made 8 bits for it and nobody else asks for them; None where not."""
+        if self.quantized is None or not self.quantized.form.activations or self.has_adapters:
+            return None
+        return self.quantized.form
 
     @property
     def has_adapters(self) -> bool:
@@ -141,8 +151,10 @@ class GatedColumnParallelLinear(ColumnParallelLinear):
         super().__init__(in_features, parts, bias, (features, features))
         self.activation = activation
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, in_features] -> [T, this rank's rows of one part]."""
+    def forward(self, x: torch.Tensor, rounded: WeightFormat | None = None) -> torch.Tensor | RoundedRows:
+        """[T, in_features] -> [T, this rank's rows of one part], `rounded` for the product that comes next."""
+        if rounded is not None and self.activation == "silu":
+            return RoundedRows.of(super().forward(x), rounded, gated=True)
         if self.activation != "silu":
             return gelu_and_mul(super().forward(x))
         tiles = None if self.quantized is not None else choose_tiles(x, self.weight, gated=True)
@@ -195,19 +207,27 @@ class RowParallelLinear(ParallelLinear):
     def _columns_of_rank(self) -> slice:
         return slice(self.tp.rank * self.in_features, (self.tp.rank + 1) * self.in_features)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
         """[T, in_features / size] -> this rank's partial sums [T, out_features], or [S, T, out_features] in float32."""
         bias = self.bias if self.tp.rank == 0 else None
-        if self.tp.size == 1 and self.quantized is not None:
-            return self.adapted(x, self.quantized.linear(x, bias, partial=self.splits))
-        tiles = choose_tiles(x, self.weight, partial=self.splits) if self.tp.size == 1 else None
-        low_rank = self.low_rank(x, tiles)
+        if self.tp.size > 1 or self.quantized is not None:
+            if self.quantized is None or self.tp.size > 1:
+                out = self._whole(x, bias)
+            else:
+                out = self.quantized.linear(x, bias, partial=self.splits)
+            if not self.has_adapters:
+                return out
+            assert isinstance(x, torch.Tensor)
+            return self.adapted(x, out)
+        assert isinstance(x, torch.Tensor)
+        tiles = choose_tiles(x, self.weight, partial=self.splits)
         if tiles is None:
             return self.adapted(x, self._whole(x, bias))
+        low_rank = self.low_rank(x, tiles)
         out = skinny_linear(x, self.weight, tiles, bias, low_rank=low_rank)
         return out if low_rank is not None else self.adapted(x, out)
 
-    def _whole(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _whole(self, x: torch.Tensor | RoundedRows, bias: torch.Tensor | None) -> torch.Tensor:
         """The product, in one piece on each rank."""
         out = None
         if self.tp.size > 1:
@@ -216,6 +236,7 @@ class RowParallelLinear(ParallelLinear):
             return self.product(x, bias)
         if self.quantized is not None:
             return self.quantized.linear(x, bias, out)
+        assert isinstance(x, torch.Tensor)
         weight = self.weight.t()
         return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
 

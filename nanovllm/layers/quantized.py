@@ -6,6 +6,7 @@ N output features, K input features, G scales a row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -86,6 +87,27 @@ def quantize(weight: torch.Tensor, form: WeightFormat) -> Numbers:
     return Numbers(values, scale.t(), form.group)
 
 
+@dataclass(frozen=True)
+class RoundedRows:
+    """Activations [T, K] in 8 bits: `numbers`, and `scale` as in `kernels.quantize`; `dtype` is what they had and products have."""
+
+    numbers: torch.Tensor
+    scale: torch.Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: torch.Tensor, form: WeightFormat, *, gated: bool = False) -> RoundedRows:
+        """`x` [T, K] as a weight in `form` wants it; gated: `x` [T, 2 * K] through SwiGLU's gate."""
+        numbers, scale = (quantize_rows if use_triton(x) else quantize_rows_torch)(
+            x, DTYPES[form.kind], form.group, gated=gated
+        )
+        return cls(numbers, scale, x.dtype)
+
+    def __len__(self) -> int:
+        """T."""
+        return len(self.numbers)
+
+
 class QuantizedWeight(nn.Module):
     """A weight [rows, columns] in `form`, on the default device.
 
@@ -122,7 +144,7 @@ class QuantizedWeight(nn.Module):
 
     def linear(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | RoundedRows,
         bias: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         *,
@@ -131,15 +153,16 @@ class QuantizedWeight(nn.Module):
         """`x` [T, K] times the weight, transposed, plus `bias` [N].
 
         Args:
+            x: rounded already only where `form.activations`.
             out: [T, N] to write to, None: a fresh tensor.
             partial: whether the result may be partial sums [S, T, N] in float32.
         """
-        triton = use_triton(x)
         if self.form.activations:
-            numbers, scale = (quantize_rows if triton else quantize_rows_torch)(x, self.numbers.dtype, self.form.group)
-            run = scaled_linear if triton else scaled_linear_torch
-            return run(numbers, scale, self.numbers, self.scale, x.dtype, bias, out, partial=partial)
-        widen = packed_linear if triton else packed_linear_torch
+            x = x if isinstance(x, RoundedRows) else RoundedRows.of(x, self.form)
+            run = scaled_linear if use_triton(x.numbers) else scaled_linear_torch
+            return run(x.numbers, x.scale, self.numbers, self.scale, x.dtype, bias, out, partial=partial)
+        assert isinstance(x, torch.Tensor)
+        widen = packed_linear if use_triton(x) else packed_linear_torch
         return widen(x, self.numbers, self.scale, self.zero, bias, out, partial=partial)
 
 

@@ -205,8 +205,6 @@ def load_model(
                     done.result()
             finally:
                 todo.clear()  # one failed, or Ctrl-C: the others end with the tensor they are at
-    if device.type == "cuda" and (schemes or rounded):
-        torch.cuda.empty_cache()  # of the readers' streams, which nothing else can use
     return LoadReport(sum(param.nbytes for param in set(params.values())), time.perf_counter() - started)
 
 
