@@ -7,7 +7,6 @@ least time that its bytes or its arithmetic take at ceilings measured in the sam
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -19,9 +18,10 @@ import triton
 from kernels_gpu import DEVICE, DTYPE, Row, difference, layer_us, read_ceiling
 
 from nanovllm.engine.shared_prefix import find_shared
-from nanovllm.kernels import fused_moe, lora
+from nanovllm.kernels import fused_moe, lora, paged_decode
 from nanovllm.kernels.fused_moe import MoeTiles, ProductTiles
 from nanovllm.kernels.grouping import group_rows
+from nanovllm.kernels.shared_prefix import attend_shared, members_of_tile
 from nanovllm.layers.attention import AttentionBatch, AttentionSpec
 from nanovllm.layers.backends.triton_backend import TritonBackend
 from nanovllm.layers.linear import (
@@ -280,53 +280,149 @@ def _random_adapters(module: Linear, tokens: AdapterTokens) -> LoraWeights:
     return LoraWeights(a, b, starts, tokens)
 
 
+class SharedShape(NamedTuple):
+    """Sequences, their query heads (8 KV heads), tokens that all share, and tokens of their own."""
+
+    batch: int
+    heads: int
+    prefix: int
+    own: int
+
+
+SHARED_SHAPES = (
+    SharedShape(256, 16, 4096, 128), SharedShape(1024, 16, 1024, 128), SharedShape(64, 16, 1024, 128), SharedShape(16, 16, 1024, 128),
+    SharedShape(256, 32, 4096, 128), SharedShape(64, 32, 1024, 128), SharedShape(16, 32, 4096, 128),
+)  # fmt: skip
+# What attends to the shared tokens: rows, tile, stages, warps, programs a multiprocessor.
+SHARED_VARIANTS = (
+    (64, 64, 3, 4, 2), (64, 64, 2, 4, 2), (64, 64, 3, 4, 1), (64, 64, 3, 4, 4), (64, 128, 2, 4, 2), (128, 64, 2, 8, 1), (128, 64, 2, 8, 2),
+    (128, 64, 3, 8, 1), (128, 128, 2, 8, 1),
+)  # fmt: skip
+# What attends to a sequence's own and joins: tile, stages, warps, programs a multiprocessor.
+OWN_VARIANTS = (
+    (64, 6, 4, 2), (64, 3, 4, 2), (64, 6, 4, 4), (32, 6, 2, 4), (32, 3, 2, 4), (32, 6, 2, 8), (64, 6, 2, 4), (16, 6, 1, 8),
+)  # fmt: skip
+
+
 def shared_section(block_size: int) -> list[Row]:
-    """Decode of sequences with a common prefix: each for itself, and the prefix once for all.
+    """Decode of sequences with a common prefix: each for itself, the prefix once for all, and the two kernels of the latter apart.
 
     The limit counts the prefix once. The plain path reads the same blocks for every sequence, so the L2 cache helps it.
     """
     rows: list[Row] = []
-    for heads, (batch, prefix, own) in itertools.product(
-        ((16, 8), (32, 8)), ((256, 4096, 128), (1024, 1024, 128), (64, 1024, 128), (16, 4096, 128))
-    ):
-        num_heads, num_kv_heads = heads
-        first, width = prefix // block_size, -(-(prefix + own) // block_size)
-        blocks = first + batch * (width - first)
-        tables = torch.empty(batch, width, dtype=torch.int32)
-        order = torch.randperm(blocks, dtype=torch.int32)
-        tables[:, :first] = order[:first]
-        tables[:, first:] = order[first:].view(batch, -1)
-        layers = 6
-        pool = torch.randn(2, layers, blocks, block_size, num_kv_heads, 128, device=DEVICE, dtype=DTYPE)
-        backend = TritonBackend(num_heads, num_kv_heads, 128, batch, DEVICE, DTYPE)
-        spec = AttentionSpec(128**-0.5)
-        backend.add_window(spec.window)
-        capacity = Capacity.of(batch)
-        backend.enable_sharing(capacity, batch)
-        lens = np.full(batch, prefix + own)
-        tile = backend.shared_tile(num_heads // num_kv_heads)
-        found = find_shared(tables.numpy(), lens, np.arange(batch), block_size, tile, capacity, 0)
+    for shape in SHARED_SHAPES:
+        rows += _shared_rows(shape, block_size)
+    return rows
+
+
+def _shared_rows(case: SharedShape, block_size: int) -> list[Row]:
+    batch, num_heads, prefix, own = case
+    num_kv_heads, layers, dim = 8, 6, 128
+    group = num_heads // num_kv_heads
+    first, width = prefix // block_size, -(-(prefix + own) // block_size)
+    blocks = first + batch * (width - first)
+    tables = torch.empty(batch, width, dtype=torch.int32)
+    order = torch.randperm(blocks, dtype=torch.int32)
+    tables[:, :first] = order[:first]
+    tables[:, first:] = order[first:].view(batch, -1)
+    pool = torch.randn(2, layers, blocks, block_size, num_kv_heads, dim, device=DEVICE, dtype=DTYPE)
+    backend = TritonBackend(num_heads, num_kv_heads, dim, batch, DEVICE, DTYPE)
+    spec = AttentionSpec(dim**-0.5)
+    backend.add_window(spec.window)
+    capacity = Capacity.of(batch)
+    backend.enable_sharing(capacity, batch)
+    assert backend.shared is not None
+    lens = np.full(batch, prefix + own)
+    slots, lens_gpu, tables_gpu = (
+        torch.arange(batch, device=DEVICE),
+        torch.from_numpy(lens).to(DEVICE),
+        tables.to(DEVICE),
+    )
+    q = torch.randn(batch, num_heads, dim, device=DEVICE, dtype=DTYPE)
+    out = torch.empty_like(q)
+    shape = backend.sharing_shape(num_heads, num_kv_heads, dim, DTYPE)
+
+    def share(members: int, programs: int) -> int:
+        """Cut the prefix into items for so many members and programs; how many there are."""
+        cut = shape._replace(tile=members, items=programs)
+        found = find_shared(tables.numpy(), lens, np.arange(batch), block_size, cut, capacity, 0)
         if found is None:
             raise SystemExit("nothing is shared")
         backend.load_shared(found)
-        step = AttentionBatch(
-            tables.to(DEVICE), block_size, torch.arange(batch, device=DEVICE), torch.from_numpy(lens).to(DEVICE), None
-        )
-        q = torch.randn(batch, num_heads, 128, device=DEVICE, dtype=DTYPE)
-        token_bytes = 2 * num_kv_heads * 128 * DTYPE.itemsize
-        num_bytes = (prefix + batch * own) * token_bytes + 2 * q.nbytes
-        gb_per_s = bytes_ceiling(num_bytes)
-        least = limit(num_bytes, 4 * batch * (prefix + own) * num_heads * 128, gb_per_s)
-        row: Row = {"shared": prefix, "own": own, "batch": batch, "heads": heads, "items": len(found.items), **least}
-        results = []
-        for name, shares in (("plain_us", False), ("us", True)):
-            plan = backend.plan(step._replace(shares=shares))
-            calls = [partial(backend.attend, q, pool[0, i], pool[1, i], plan, spec) for i in range(layers)]
-            row[name] = round(layer_us(calls), 1)
-            results.append(calls[0]())
-        row["of_limit"] = round(row["limit_us"] / row["us"], 3)
-        rows.append(row | {"difference": difference(results[1], results[0])})
-        print(rows[-1], flush=True)
+        return len(found.items)
+
+    row: Row = {
+        "shared": prefix,
+        "own": own,
+        "batch": batch,
+        "heads": num_heads,
+        "items": share(shape.tile, shape.items),
+    }
+    num_bytes = (prefix + batch * own) * shape.token_bytes + 2 * q.nbytes
+    gb_per_s = bytes_ceiling(num_bytes)
+    row |= limit(num_bytes, 4 * batch * (prefix + own) * num_heads * dim, gb_per_s)
+    step = AttentionBatch(tables_gpu, block_size, slots, lens_gpu, None)
+    results = []
+    for name, shares in (("plain_us", False), ("us", True)):
+        plan = backend.plan(step._replace(shares=shares))
+        calls = [partial(backend.attend, q, pool[0, i], pool[1, i], plan, spec) for i in range(layers)]
+        row[name] = round(layer_us(calls), 1)
+        results.append(calls[0]())
+    row["of_limit"] = round(row["limit_us"] / row["us"], 3)
+    rows = [row | {"difference": difference(results[1], results[0])}]
+    print(rows[-1], flush=True)
+
+    def own_calls(tile: int, stages: int, warps: int, per_sm: int, joins: bool = True) -> list[Callable[[], object]]:
+        """The own tokens of each layer; not `joins`: as if there were no others."""
+        programs = paged_decode.decode_programs(num_kv_heads, DEVICE, per_sm)
+        buffers = paged_decode.make_decode_buffers(batch, programs, num_heads, num_kv_heads, dim, DEVICE)
+        shared = backend.shared if joins else None
+        paged_decode.plan_decode(slots, lens_gpu - (0 if joins else prefix), programs, buffers, tile, shared=shared)
+        table = tables_gpu if joins else tables_gpu[:, first:].contiguous()
+        return [
+            partial(
+                paged_decode.paged_decode, q, pool[0, i], pool[1, i], table, programs, buffers, spec.scale, out,
+                tile=tile, num_stages=stages, num_warps=warps, other_kernel_between=True, shared=shared,
+            )
+            for i in range(layers)
+        ]  # fmt: skip
+
+    def shared_calls(rows: int, tile: int, stages: int, warps: int, per_sm: int) -> list[Callable[[], object]]:
+        assert backend.shared is not None
+        programs = paged_decode.decode_programs(num_kv_heads, DEVICE, per_sm)
+        return [
+            partial(
+                attend_shared, q, pool[0, i], pool[1, i], tables_gpu, backend.shared, spec.scale,
+                programs=programs, rows=rows, tile=tile, num_stages=stages, num_warps=warps, other_kernel_between=True,
+            )
+            for i in range(layers)
+        ]  # fmt: skip
+
+    compile_all([own_calls(*variant)[0] for variant in OWN_VARIANTS])
+    compile_all([shared_calls(*variant)[0] for variant in SHARED_VARIANTS])
+    of: Row = {"batch": batch, "heads": num_heads, "shared": prefix, "own": own}
+    alone = timed(own_calls(*OWN_VARIANTS[0], joins=False))
+    rows.append(of | {"part": "own tokens, nothing joined", "us": alone and round(alone, 1)})
+    print(rows[-1], flush=True)
+    for part, variants in (("own tokens", OWN_VARIANTS), ("shared tokens", SHARED_VARIANTS)):
+        for variant in variants:
+            items = 0
+            if part == "shared tokens":
+                programs = paged_decode.decode_programs(num_kv_heads, DEVICE, variant[-1])
+                items = share(members_of_tile(group, variant[0]), programs)
+                calls = shared_calls(*variant)
+            else:
+                calls = own_calls(*variant)
+            us = timed(calls)
+            if us is None:
+                continue
+            if items:
+                calls[0]()
+            own_calls(*(OWN_VARIANTS[0] if items else variant))[0]()
+            rows.append(of | {"part": part, "variant": variant, "items": items, "us": round(us, 1)})
+            if difference(out, results[0]) > 0.01:
+                raise SystemExit(f"wrong results: {rows[-1]}")
+            print(rows[-1], flush=True)
     return rows
 
 
