@@ -33,7 +33,7 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.utils.prefixes import SharingShape
 
 # `Executor.chunk_cost` where decodes run as graphs, of the 0.6B shape and 256 sequences (bench/NOTES.md).
-GRAPHS_CHUNK_COST = 0.5
+GRAPHS_CHUNK_COST = 1.5
 
 
 # How long a rank's complaint waits for word that another one was killed, which would explain it.

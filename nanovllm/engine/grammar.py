@@ -147,14 +147,21 @@ class GrammarCompiler:
         # Each thread takes neighbours: those that share a lock are side by side.
         jobs.sort(key=lambda job: job[0].family)
         ordered = [job[1:] for job in jobs]
-        filling = self._filler.submit(self._fill, self._executor, ordered, out)
+        begun = threading.Lock()
+        begun.acquire()
+        filling = self._filler.submit(self._fill, self._executor, ordered, out, begun)
+        begun.acquire()
         for inner, _, _ in jobs:
             inner.filling = filling
         return filling
 
     @staticmethod
-    def _fill(executor: Any, ordered: list[tuple[Any, int]], out: NDArray[np.int32]) -> None:
-        """Let the threads of `executor` write to `out`, which is held until they have: they know no more of it than its address."""
+    def _fill(executor: Any, ordered: list[tuple[Any, int]], out: NDArray[np.int32], begun: threading.Lock) -> None:
+        """Let the threads of `executor` write to `out`, which is held until they have: they know no more of it than its address.
+
+        Who asked waits until `begun` is released: this thread would get the interpreter's lock only when that one has nothing to do.
+        """
+        begun.release()
         executor.unsafe_compute_mask_ptr(ordered, out.ctypes.data, out.strides[0], len(out))
 
     def fill_masks(self, states: Sequence[Constraint], out: NDArray[np.int32]) -> None:
