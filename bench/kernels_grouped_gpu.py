@@ -295,12 +295,12 @@ SHARED_SHAPES = (
 )  # fmt: skip
 # What attends to the shared tokens: rows, tile, stages, warps, programs a multiprocessor.
 SHARED_VARIANTS = (
-    (64, 64, 3, 4, 2), (64, 64, 2, 4, 2), (64, 64, 3, 4, 1), (64, 64, 3, 4, 4), (64, 128, 2, 4, 2), (128, 64, 2, 8, 1), (128, 64, 2, 8, 2),
-    (128, 64, 3, 8, 1), (128, 128, 2, 8, 1),
+    (64, 64, 3, 4, 2), (64, 64, 2, 4, 2), (64, 64, 3, 4, 1), (64, 64, 3, 4, 4), (32, 64, 3, 4, 2), (128, 64, 2, 8, 1), (128, 64, 3, 8, 1),
+    (128, 128, 2, 8, 1),
 )  # fmt: skip
 # What attends to a sequence's own and joins: tile, stages, warps, programs a multiprocessor.
 OWN_VARIANTS = (
-    (64, 6, 4, 2), (64, 3, 4, 2), (64, 6, 4, 4), (32, 6, 2, 4), (32, 3, 2, 4), (32, 6, 2, 8), (64, 6, 2, 4), (16, 6, 1, 8),
+    (64, 6, 4, 2), (64, 3, 4, 2), (64, 6, 4, 4), (32, 6, 2, 4), (32, 3, 2, 4), (32, 6, 2, 8), (32, 6, 4, 2), (32, 6, 4, 4),
 )  # fmt: skip
 
 
@@ -375,6 +375,7 @@ def _shared_rows(case: SharedShape, block_size: int) -> list[Row]:
     def own_calls(tile: int, stages: int, warps: int, per_sm: int, joins: bool = True) -> list[Callable[[], object]]:
         """The own tokens of each layer; not `joins`: as if there were no others."""
         programs = paged_decode.decode_programs(num_kv_heads, DEVICE, per_sm)
+        launch = paged_decode.DecodeLaunch(per_sm, stages, warps)
         buffers = paged_decode.make_decode_buffers(batch, programs, num_heads, num_kv_heads, dim, DEVICE)
         shared = backend.shared if joins else None
         paged_decode.plan_decode(slots, lens_gpu - (0 if joins else prefix), programs, buffers, tile, shared=shared)
@@ -382,7 +383,7 @@ def _shared_rows(case: SharedShape, block_size: int) -> list[Row]:
         return [
             partial(
                 paged_decode.paged_decode, q, pool[0, i], pool[1, i], table, programs, buffers, spec.scale, out,
-                tile=tile, num_stages=stages, num_warps=warps, other_kernel_between=True, shared=shared,
+                tile=tile, launch=launch, other_kernel_between=True, shared=shared,
             )
             for i in range(layers)
         ]  # fmt: skip

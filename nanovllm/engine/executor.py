@@ -27,6 +27,7 @@ from nanovllm.engine.row_sampling import SamplingInput
 from nanovllm.engine.step_result import StepCopy, StepResult
 from nanovllm.engine.token_masks import mask_words
 from nanovllm.errors import EngineDeadError, UserError
+from nanovllm.kernels.fp8_cache import FP8
 from nanovllm.layers.attention import SharingBackend, select_backend
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.config import ModelConfig
@@ -157,7 +158,7 @@ def sharing_shape(config: EngineConfig, model_config: ModelConfig, device: torch
         model_config.num_heads // size,
         max(1, model_config.num_kv_heads // size),
         model_config.head_dim,
-        resolve_dtype(config, model_config, device),
+        FP8 if config.kv_cache_dtype == "fp8" else resolve_dtype(config, model_config, device),
     )
 
 
