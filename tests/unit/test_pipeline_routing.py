@@ -217,8 +217,9 @@ def test_any_order_has_every_row_once(root: Path) -> None:
     assert tables[0].schema == tables[1].schema
     assert tables[1]["id"].to_pylist() != list(range(ROWS))
     assert sorted(tables[1].to_pylist(), key=lambda row: int(row["id"])) == tables[0].to_pylist()
-    documents = tables[1]["doc"].to_pylist()
-    assert sum(one != other for one, other in pairwise(documents)) == DOCUMENTS - 1
+    places = list(zip(tables[1]["doc"].to_pylist(), tables[1]["id"].to_pylist(), strict=True))
+    assert sum(one != other for (one, _), (other, _) in pairwise(places)) == DOCUMENTS - 1
+    assert all(one[1] < other[1] for one, other in pairwise(places) if one[0] == other[0])  # of a document as ever
 
 
 def test_killed_at_any_file_it_ends_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,8 +254,10 @@ def test_killed_at_any_file_it_ends_the_same(root: Path, monkeypatch: pytest.Mon
     assert sum(map(len, routed.prompts)) <= ROWS  # what is done is not done again
 
 
-def test_what_is_decided_stays_decided(root: Path) -> None:
+def test_what_is_decided_stays_decided(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Little(root, "routed", run=ROUTES["group_by"])
+    job.run()
+    monkeypatch.setattr(pipelines.routing, "make_run", lambda *given: pytest.fail("rows are together already"))
     job.run()
     routing = Routing(job.config, job.stage, job.shards, job.output)
     assert routing.found() is not None
@@ -404,7 +407,7 @@ def test_a_cache_that_holds_all_leaves_little_to_save() -> None:
     rows = [number // 8 for number in range(4000)]
     random.Random(1).shuffle(rows)
     small, large = (estimate(sampled(rows), 4000, 64, tokens, engines=2) for tokens in (20_000, 10_000_000))
-    assert large.saved < 0.2 * small.saved
+    assert 0.02 * small.saved < large.saved < 0.2 * small.saved  # both engines compute most documents
     assert estimate(sampled(rows), 4000, 64, 10_000_000, engines=1).saved == pytest.approx(0)
 
 
