@@ -42,6 +42,23 @@ _QWEN3: dict[str, Any] = {
     "vocab_size": 151936,
     "eos_token_id": 151645,
 }
+_LLAMA3: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     # 42 M parameters: large enough that arithmetic counts, small enough for two CPU cores.
     "qwen3-42m": _QWEN3
@@ -88,27 +105,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "tie_word_embeddings": False,
     },
-    "llama-70b": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
-        "hidden_act": "silu",
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "vocab_size": 128256,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-    },
+    "llama-3.1-8b": _LLAMA3
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-70b": _LLAMA3
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
 
 
@@ -151,6 +151,9 @@ WORKLOADS = {
     "seed": WorkloadSpec("qwen3-0.6b", 256, (100, 1024), (100, 1024), max_num_seqs=256),
     "8b": WorkloadSpec("qwen3-8b", 1024, (100, 1024), (100, 1024), max_num_seqs=1024),
     "30b-a3b": WorkloadSpec("qwen3-30b-a3b", 1024, (100, 1024), (100, 1024), max_num_seqs=1024),
+    # What publishers of other engines measure: all rows alike, all queued at once.
+    "llama-8b-1000": WorkloadSpec("llama-3.1-8b", 2048, (1000, 1000), (1000, 1000), max_num_seqs=1024),
+    "llama-8b-128": WorkloadSpec("llama-3.1-8b", 2048, (128, 128), (2048, 2048), max_num_seqs=1024),
     # More rows than slots: one is admitted whenever one ends, as in a job.
     "stream": WorkloadSpec("qwen3-0.6b", 768, (100, 1024), (100, 1024), max_num_seqs=256),
     # One instruction for all rows, a short text and a short answer each.

@@ -175,15 +175,14 @@ def main() -> None:
         result["fp32_vs_transformers_fp32"] = difference(fp32, truth)
         print(result["fp32_vs_transformers_fp32"], flush=True)
         # In bf16 each engine takes its own way after a near tie, so each is compared on its own tokens.
-        made: dict[str, torch.Tensor] = {}
-        for backend in backends:
-            tokens, made[backend] = engine_logprobs(
-                model_dir, prompts, dtype="bfloat16", attention_backend=backend, max_model_len=4096
-            )
+        kinds: dict[str, dict[str, Any]] = {backend: {"attention_backend": backend} for backend in backends}
+        kinds["fp8_cache"] = {"kv_cache_dtype": "fp8"}
+        for kind, options in kinds.items():
+            tokens, made = engine_logprobs(model_dir, prompts, dtype="bfloat16", max_model_len=4096, **options)
             exact = transformers_logprobs(model_dir, prompts, tokens, torch.float32, device)
             theirs = transformers_logprobs(model_dir, prompts, tokens, torch.bfloat16, device)
-            result[f"bf16_{backend}_vs_transformers_fp32"] = difference(made[backend], exact)
-            result[f"bf16_{backend}_vs_transformers_bf16"] = difference(made[backend], theirs)
+            result[f"bf16_{kind}_vs_transformers_fp32"] = difference(made, exact)
+            result[f"bf16_{kind}_vs_transformers_bf16"] = difference(made, theirs)
             result["bf16_transformers_vs_transformers_fp32"] = difference(theirs, exact)
             print({key: value for key, value in result.items() if "bf16" in key}, flush=True)
         del truth, made
@@ -206,9 +205,10 @@ def main() -> None:
                 rows[name] = generate(model_dir, prompts, dtype=dtype, **options)[0]
             result[f"same_tokens_{dtype}"] = {name: equal(base[0], other) for name, other in rows.items()}
             print(json.dumps(result[f"same_tokens_{dtype}"], indent=1), flush=True)
-    for dtype in ("float32", "bfloat16"):
-        result[f"demo_accuracy_{dtype}"] = demo_accuracy(args.demo, dtype=dtype)
-        print(f"demo, {dtype}: {result[f'demo_accuracy_{dtype}']:.4%}", flush=True)
+    for dtype, cache in (("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "fp8")):
+        name = dtype if cache == "auto" else f"{dtype}_{cache}_cache"
+        result[f"demo_accuracy_{name}"] = demo_accuracy(args.demo, dtype=dtype, kv_cache_dtype=cache)
+        print(f"demo, {name}: {result[f'demo_accuracy_{name}']:.4%}", flush=True)
     if args.save:
         print(save(args.save, result))
 

@@ -1,6 +1,7 @@
 """Times of the engine's kernels, variant by variant, beside the bytes they move and the peer's kernels where one is there.
 
-On a GPU: decode and prefill attention and the small kernels (`bench/kernels_gpu.py`). On a CPU: group sizes of the torch
+On a GPU: decode and prefill attention and the small kernels (`bench/kernels_gpu.py`), mixtures of experts, adapters and shared
+prefixes (`bench/kernels_grouped_gpu.py`). On a CPU: group sizes of the torch
 backend's decode attention; `python bench/kernels.py --threads 1`.
 """
 
@@ -20,7 +21,9 @@ from nanovllm.layers.backends.torch_backend import TorchBackend
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--sections", nargs="+", help="GPU: which of decode, contexts, prefill, small, layer to run (default: all)"
+        "--sections",
+        nargs="+",
+        help="GPU: which of decode, fp8, contexts, prefill, small, layer, fp8_linear, moe, lora, shared to run (default: all)",
     )
     parser.add_argument("--batch", type=int, default=64, help="CPU: sequences")
     parser.add_argument(
@@ -87,8 +90,13 @@ def main() -> None:
     args = parse_args()
     if torch.cuda.is_available():
         from kernels_gpu import gpu_result
+        from kernels_grouped_gpu import grouped_sections
 
         result = gpu_result(args.sections, args.block_size)
+        for name, rows in grouped_sections(args.sections, args.block_size):
+            result[name] = rows
+            if args.save:  # what is measured stays where a run is cut off
+                save(args.save, {"benchmark": "kernels", **result})
     else:
         result = cpu_result(args)
     if args.save:

@@ -21,8 +21,21 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from nanovllm.kernels import activation, layernorm, paged_decode, paged_prefill, qk_norm_rope, sampling, skinny_linear
+from nanovllm.kernels import (
+    activation,
+    layernorm,
+    packed_linear,
+    paged_decode,
+    paged_prefill,
+    qk_norm_rope,
+    quantize,
+    sampling,
+    scaled_linear,
+    skinny_linear,
+)
+from nanovllm.kernels.fp8_cache import quantize_rows as quantize_cache_rows
 from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch
+from nanovllm.utils.roofline import H200
 
 try:  # the FlashAttention-3 of vLLM, without vLLM
     import vfa3
@@ -32,11 +45,12 @@ except ImportError:
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
 Row = dict[str, Any]
+DEFAULTS = paged_decode.decode_launch(DTYPE)
 DECODE_DEFAULTS = (
-    paged_decode.PROGRAMS_PER_SM,
+    DEFAULTS.programs_per_sm,
     paged_decode.decode_tile(128, DTYPE),
-    paged_decode.NUM_STAGES,
-    paged_decode.NUM_WARPS,
+    DEFAULTS.num_stages,
+    DEFAULTS.num_warps,
     paged_decode.ITEM_TILES,
 )
 
@@ -91,7 +105,10 @@ def read_ceiling(num_bytes: int, layers: int = 8) -> float:
 
 
 class Cache:
-    """Random keys and values in scattered blocks for sequences of `lens` tokens; `layout` orders tokens and heads in a block."""
+    """Random keys and values in scattered blocks for sequences of `lens` tokens; `layout` orders tokens and heads in a block.
+
+    `fp8`: in eight bits, with scales beside them.
+    """
 
     def __init__(
         self,
@@ -102,6 +119,7 @@ class Cache:
         block_size: int,
         layout: str = "NHD",
         layers: int = 1,
+        fp8: bool = False,
     ) -> None:
         width = -(-max(lens) // block_size)
         counts = [-(-length // block_size) for length in lens]
@@ -116,16 +134,23 @@ class Cache:
             pool = torch.randn(2, layers, sum(counts), num_kv_heads, block_size, head_dim, device=DEVICE, dtype=DTYPE)
             pool = pool.transpose(3, 4)
         self.layers = list(zip(pool[0], pool[1], strict=True))
+        # In the keyword arguments of the kernels.
+        self.scales: list[dict[str, torch.Tensor]] = [{} for _ in self.layers]
+        if fp8:
+            for i, layer in enumerate(self.layers):
+                values, scales = zip(*map(quantize_cache_rows, layer), strict=True)
+                self.layers[i] = values
+                self.scales[i] = {"scales": torch.stack(scales, -1).transpose(1, 2).contiguous()}
         self.k, self.v = self.layers[0]
         self.lens = torch.tensor(lens, device=DEVICE)
         self.lens32 = self.lens.int()
         self.slots = torch.arange(len(lens), device=DEVICE)
-        self.bytes = 2 * sum(lens) * num_kv_heads * head_dim * DTYPE.itemsize
+        self.bytes = 2 * sum(lens) * num_kv_heads * (head_dim + 2 if fp8 else head_dim * DTYPE.itemsize)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scale = head_dim**-0.5
 
     def decode(
-        self, per_sm: int, tile: int, stages: int, warps: int, item_tiles: int
+        self, per_sm: int, tile: int, stages: int, warps: int, item_tiles: int, registers: int | None = None
     ) -> tuple[list[Callable[[], object]], torch.Tensor]:
         """Our decode of each layer, and its output."""
         batch = len(self.lens)
@@ -136,13 +161,13 @@ class Cache:
         )
         out = torch.full_like(q, float("nan"))
         paged_decode.plan_decode(self.slots, self.lens, programs, buffers, tile=tile, item_tiles=item_tiles)
-        options = {"tile": tile, "num_stages": stages, "num_warps": warps}
+        options = {"tile": tile, "launch": paged_decode.DecodeLaunch(per_sm, stages, warps, registers)}
         return [
             partial(
                 paged_decode.paged_decode, q, k, v, self.tables, programs, buffers, self.scale, out,
-                other_kernel_between=True, **options,
+                other_kernel_between=True, **options, **scales,
             )
-            for k, v in self.layers
+            for (k, v), scales in zip(self.layers, self.scales, strict=True)
         ], out  # fmt: skip
 
     def check(self, call: Callable[[], object], out: torch.Tensor) -> None:
@@ -152,7 +177,7 @@ class Cache:
         slots = context_slots(self.tables, self.k.shape[1], int(self.lens.max()))
         mask = torch.arange(slots.shape[1], device=DEVICE) < self.lens[:, None]
         k, v = self.k.contiguous(), self.v.contiguous()
-        error = difference(out, paged_decode_torch(self.q, k, v, slots, mask, self.scale))
+        error = difference(out, paged_decode_torch(self.q, k, v, slots, mask, self.scale, **self.scales[0]))
         if not error < 0.01:
             raise SystemExit(f"the decode kernel is wrong: relative difference {error}")
 
@@ -211,10 +236,63 @@ def decode_section(block_size: int) -> list[Row]:
             row = {"batch": batch, "kernel": "FlashAttention-3", "us": round(layer_us(theirs), 1)}
             rows.append(row | {"difference": difference(out, theirs[0]())})
             print(rows[-1], flush=True)
-        programs = paged_decode.decode_programs(8, DEVICE)
+        programs = paged_decode.decode_programs(8, DEVICE, DEFAULTS.programs_per_sm)
         buffers = paged_decode.make_decode_buffers(batch, programs, 16, 8, 128, DEVICE)
         us = layer_us([lambda: paged_decode.plan_decode(cache.slots, cache.lens, programs, buffers, 64)] * 8)
         rows.append({"batch": batch, "kernel": "plan_decode", "us": round(us, 1)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def fp8_section(block_size: int) -> list[Row]:
+    """Decode, prefill and the store with a cache in eight bits, beside the same in bfloat16."""
+    rows: list[Row] = []
+    forms = [
+        (2, 64, 6, 4, None), (2, 64, 10, 4, None), (3, 64, 6, 4, 168), (3, 64, 8, 4, 168), (4, 64, 6, 4, 128), (4, 64, 8, 4, 128),
+        (2, 128, 6, 4, None), (2, 128, 8, 4, None), (2, 128, 6, 8, 128), (4, 32, 8, 2, None), (6, 32, 8, 2, 168),
+    ]  # fmt: skip
+    for batch in (256, 128, 32):
+        lens = random_lens(batch, 100, 1500)
+        cache = Cache(lens, 16, 8, 128, block_size, layers=8)
+        calls, out = cache.decode(*DECODE_DEFAULTS)
+        rows.append({"batch": batch, "kernel": "decode, bfloat16", "us": round(layer_us(calls), 1)})
+        print(rows[-1], flush=True)
+        cache = Cache(lens, 16, 8, 128, block_size, layers=16, fp8=True)
+        ceiling = read_ceiling(cache.bytes)
+        for per_sm, tile, stages, warps, registers in forms:
+            try:
+                calls, out = cache.decode(per_sm, tile, stages, warps, paged_decode.ITEM_TILES, registers)
+                us = layer_us(calls)
+                cache.check(calls[0], out)
+            except triton.runtime.errors.OutOfResources as error:
+                print(per_sm, tile, stages, warps, error, flush=True)
+                continue
+            rows.append({
+                "batch": batch, "kernel": "decode, fp8", "programs_per_sm": per_sm, "tile": tile, "stages": stages, "warps": warps,
+                "registers": registers, "us": round(us, 1), "of_read_ceiling": round(cache.bytes / us / 1e3 / ceiling, 3),
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    chunks = {"16 x 1024": [(1024, 1024)] * 16, "100 x 160 after 1024": [(160, 1184)] * 100}
+    for (name, lengths), fp8 in itertools.product(chunks.items(), (False, True)):
+        query_lens, context_lens = (np.array(column) for column in zip(*lengths, strict=True))
+        cache = Cache(context_lens.tolist(), 16, 8, 128, block_size, fp8=fp8)
+        q = torch.randn(int(query_lens.sum()), 16, 128, device=DEVICE, dtype=DTYPE)
+        tiles = torch.from_numpy(paged_prefill.prefill_tiles(np.arange(len(lengths)), query_lens, context_lens, 0, 2))
+        call = partial(
+            paged_prefill.paged_prefill, q, cache.k, cache.v, cache.tables, tiles.to(DEVICE), cache.scale, torch.empty_like(q),
+            **cache.scales[0],
+        )  # fmt: skip
+        rows.append({"prefill": name, "fp8": fp8, "us": round(median_ms(call) * 1e3, 1)})
+        print(rows[-1], flush=True)
+    for tokens, fp8 in itertools.product((256, 16384), (False, True)):
+        cache = Cache([tokens], 16, 8, 128, block_size, fp8=fp8)
+        qkv = torch.randn(tokens, 32 * 128, device=DEVICE, dtype=DTYPE)
+        table, norm = torch.rand(tokens, 128, device=DEVICE, dtype=DTYPE), torch.ones(128, device=DEVICE, dtype=DTYPE)
+        slots = torch.arange(tokens, device=DEVICE)
+        store = partial(
+            qk_norm_rope.qk_norm_rope_store, qkv, slots, table, table, norm, norm, 1e-6, cache.k, cache.v, slots, **cache.scales[0]
+        )  # fmt: skip
+        rows.append({"store": tokens, "fp8": fp8, "us": round(layer_us([store] * 8), 1)})
         print(rows[-1], flush=True)
     return rows
 
@@ -244,18 +322,24 @@ def contexts_section(block_size: int) -> list[Row]:
 
 
 def prefill_section(block_size: int) -> list[Row]:
-    """Prefill: whole prompts, a long one, and suffixes behind a cached prefix."""
+    """Prefill: whole prompts, a long one, and suffixes behind a cached prefix, each behind its own and all behind the same one."""
     rows = []
-    shapes = {"16 x 1024": [(1024, 1024)] * 16, "1 x 8192": [(8192, 8192)], "100 x 160 after 1024": [(160, 1184)] * 100}
+    suffixes = [(160, 1184)] * 100
+    shapes = {
+        "16 x 1024": [(1024, 1024)] * 16, "1 x 8192": [(8192, 8192)],
+        "100 x 160 after 1024": suffixes, "100 x 160 after the same 1024": suffixes,
+    }  # fmt: skip
     for name, chunks in shapes.items():
         for num_heads, num_kv_heads in ((16, 8), (32, 8)):
             query_lens, lens = (np.array(column) for column in zip(*chunks, strict=True))
             cache = Cache(lens.tolist(), num_heads, num_kv_heads, 128, block_size)
+            if "the same" in name:
+                cache.tables[:, : 1024 // block_size] = cache.tables[0, : 1024 // block_size]
             q = torch.randn(int(query_lens.sum()), num_heads, 128, device=DEVICE, dtype=DTYPE)
             pairs = sum(query * length - query * (query - 1) // 2 for query, length in chunks)
             flops = 4 * pairs * num_heads * 128
             best: Row | None = None
-            for block_m, block_n, stages, warps in ((128, 64, 3, 8), (128, 128, 2, 8), (128, 64, 2, 4), (64, 64, 3, 4), (128, 64, 4, 8), (64, 128, 2, 4), (128, 32, 4, 4)):  # fmt: skip
+            for block_m, block_n, stages, warps in ((64, 64, 3, 4), (64, 128, 2, 4), (128, 64, 3, 8), (128, 128, 2, 8)):
                 tiles = paged_prefill.prefill_tiles(
                     np.arange(len(chunks)), query_lens, lens, 0, num_heads // num_kv_heads, block_m
                 )
@@ -438,13 +522,122 @@ def layer_section(block_size: int) -> list[Row]:
     return rows
 
 
+# [N, K] of an 8B model's four products: Llama 3.1's.
+LINEAR_SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+SCALED_TILES = [
+    scaled_linear.ScaledTiles(*tiles)
+    for tiles in (
+        (64, 32, 1, 5, 4), (64, 32, 4, 5, 4), (64, 64, 1, 5, 4), (64, 64, 2, 5, 4), (64, 128, 1, 4, 4), (64, 128, 4, 4, 4),
+        (128, 64, 1, 4, 4), (128, 64, 2, 4, 4), (128, 128, 1, 4, 8), (128, 128, 1, 3, 4), (128, 256, 1, 3, 8), (256, 128, 1, 3, 8),
+    )
+]  # fmt: skip
+
+
+def linear_section(block_size: int) -> list[Row]:
+    """Products with plain and quantised weights, as they follow one another in a graph, each on a weight of its own.
+
+    Of a row, `share` is what was reached of the limit: the bytes at the memory's pace, or the arithmetic where that takes longer.
+    `quantize` is what making the activations 8 bits takes before.
+    """
+    rows: list[Row] = []
+    for name, (n, k) in LINEAR_SHAPES.items():
+        layers = 8
+        plain = [torch.randn(n, k, device=DEVICE, dtype=DTYPE) * 0.03 for _ in range(layers)]
+        rounded = {
+            (kind, group): [quantize.quantize_rows(weight, dtype, group) for weight in plain]
+            for kind, dtype, group in (
+                ("fp8", torch.float8_e4m3fn, 0),
+                ("fp8", torch.float8_e4m3fn, scaled_linear.GROUP),
+                ("int8", torch.int8, 0),
+            )
+        }
+        packed = [
+            (packed_linear.pack_columns(torch.randint(0, 16, (n, k), device=DEVICE)), torch.rand(k // 128, n, device=DEVICE))
+            for _ in range(layers)
+        ]  # fmt: skip
+        for m in (1, 16, 64, 256, 1024, 4096, 16384):
+            x = torch.randn(m, k, device=DEVICE, dtype=DTYPE)
+
+            def report(
+                form: str,
+                calls: Sequence[Callable[[], torch.Tensor]],
+                weight_bytes: float,
+                peak: float,
+                check: bool = True,
+            ) -> float:
+                us = layer_us(calls)
+                limit = max((n * k * weight_bytes + m * n * 2 + m * k * 2) / H200.bandwidth, 2 * m * n * k / peak) * 1e6
+                row: Row = {"linear": name, "m": m, "form": form, "us": round(us, 2), "share": round(limit / us, 3)}
+                row |= {"tflops": round(2 * m * n * k / us / 1e6), "gb_per_s": round(n * k * weight_bytes / us / 1e3)}
+                if check:
+                    y = calls[0]()
+                    row["difference"] = difference(y.sum(0) if y.dim() == 3 else y, F.linear(x, plain[0]))
+                rows.append(row)
+                print(row, flush=True)
+                return us
+
+            report("bf16", [partial(F.linear, x, weight) for weight in plain], 2, H200.flops)
+            for (kind, group), weights in rounded.items():
+                x8, x_scale = quantize.quantize_rows(x, weights[0][0].dtype, group)
+                make = partial(quantize.quantize_rows, x, weights[0][0].dtype, group)
+                rows.append(
+                    {"linear": name, "m": m, "form": f"quantize {kind} {group}", "us": round(layer_us([make] * 8), 2)}
+                )
+                print(rows[-1], flush=True)
+                if (kind, group) == ("fp8", 0):
+                    theirs = [
+                        partial(scaled_linear._cublas, x8, x_scale, weight, scale, None, None)
+                        for weight, scale in weights
+                    ]
+                    report("fp8 _scaled_mm", theirs, 1, H200.flops_8bit)
+                best: tuple[float, scaled_linear.ScaledTiles] | None = None
+                chosen = scaled_linear.scaled_tiles(m, n, k, 132, partial=name in ("o", "down"))
+                for tiles in dict.fromkeys([chosen, *SCALED_TILES]):
+                    small = tiles.block_m == 64
+                    if (
+                        (small and m > 256)
+                        or (not small and m <= 64)
+                        or (tiles.splits > 1 and (m > 256 or name not in ("o", "down")))
+                    ):
+                        continue
+                    calls = [
+                        partial(scaled_linear.triton_scaled_linear, x8, x_scale, weight, scale, DTYPE, tiles)
+                        for weight, scale in weights
+                    ]  # fmt: skip
+                    try:
+                        us = layer_us(calls)
+                    except triton.runtime.errors.OutOfResources as error:
+                        print(tiles, error, flush=True)
+                        continue
+                    best = min(best or (us, tiles), (us, tiles))
+                    if tiles == chosen:
+                        report(f"{kind} {group} chosen {tuple(tiles)}", calls, 1, H200.flops_8bit)
+                assert best is not None
+                calls = [
+                    partial(scaled_linear.triton_scaled_linear, x8, x_scale, weight, scale, DTYPE, best[1])
+                    for weight, scale in weights
+                ]
+                report(f"{kind} {group} best {tuple(best[1])}", calls, 1, H200.flops_8bit)
+            wide = [partial(packed_linear.packed_linear, x, numbers, scale, None) for numbers, scale in packed]
+            report("int4 128", wide, 0.5, H200.flops, check=False)
+            if m <= 256:
+                fp8 = [
+                    partial(packed_linear.packed_linear, x, numbers, scale, None)
+                    for numbers, scale in rounded["fp8", 0]
+                ]
+                report("fp8 widened", fp8, 1, H200.flops)
+    return rows
+
+
 def gpu_result(sections: list[str] | None, block_size: int) -> dict[str, Any]:
     """All `sections` (None: every one) as rows."""
     torch.manual_seed(0)
-    wanted = sections or ["decode", "contexts", "prefill", "small", "layer"]
+    wanted = sections or ["decode", "fp8", "contexts", "prefill", "small", "layer", "fp8_linear"]
     result: dict[str, Any] = {"block_size": block_size}
     if "decode" in wanted:
         result["decode"] = decode_section(block_size)
+    if "fp8" in wanted:
+        result["fp8"] = fp8_section(block_size)
     if "contexts" in wanted:
         result["contexts"] = contexts_section(block_size)
     if "prefill" in wanted:
@@ -453,4 +646,6 @@ def gpu_result(sections: list[str] | None, block_size: int) -> dict[str, Any]:
         result["small"] = small_section(block_size)
     if "layer" in wanted:
         result["layer"] = layer_section(block_size)
+    if "fp8_linear" in wanted:
+        result["fp8_linear"] = linear_section(block_size)
     return result

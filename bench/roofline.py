@@ -19,7 +19,7 @@ from common import Workload, add_workload_arguments, model_dir, save, workload_s
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.registry import ARCHITECTURES
 from nanovllm.utils.hub import resolve_model
-from nanovllm.utils.roofline import ELEMENT_BYTES, H200, Costs
+from nanovllm.utils.roofline import ELEMENT_BYTES, H200, Costs, weight_costs
 
 BANDWIDTH, FLOPS = H200.bandwidth, H200.flops
 
@@ -68,12 +68,14 @@ def roofline(
     kv_bytes: float | None = None,
     bandwidth: float = BANDWIDTH,
     flops: float = FLOPS,
+    linear_flops: float | None = None,
 ) -> Roofline:
-    """Least seconds of `work` on `tp` devices of `bandwidth` B/s and `flops` FLOP/s each.
+    """Least seconds of `work` on `tp` devices of `bandwidth` B/s and `flops` FLOP/s each, `linear_flops` in the linear layers.
 
     `weight_bytes` and `kv_bytes` are those of one element (default: the model's type); `max_num_seqs` None is no cap.
     """
-    costs = Costs.of(model, tp=tp, weight_bytes=weight_bytes, kv_bytes=kv_bytes, bandwidth=bandwidth, flops=flops)
+    ceilings = {"bandwidth": bandwidth, "flops": flops, "linear_flops": linear_flops}
+    costs = Costs.of(model, tp=tp, weight_bytes=weight_bytes, kv_bytes=kv_bytes, **ceilings)
     # A shared prefix is computed once.
     lens, prefix = [len(prompt) for prompt in work.prompts], work.prefix_len
     tokens = prefix + sum(n - prefix for n in lens)
@@ -118,16 +120,18 @@ def engine_roofline(
     """`roofline` of an engine with these options, at the ceilings of `add_ceiling_arguments`."""
     dtype = options.get("dtype", "auto")
     element = ELEMENT_BYTES[model.dtype if dtype == "auto" else dtype]
+    weight_bytes, eight_bit = weight_costs(model, options.get("quantization"))
     eight_bit_kv = "8" in str(options.get("kv_cache_dtype", "auto"))
     return roofline(
         model,
         work,
         max_num_seqs=options.get("max_num_seqs"),
         tp=options.get("tensor_parallel_size", 1),
-        weight_bytes=1 if options.get("quantization") else element,
+        weight_bytes=weight_bytes or element,
         kv_bytes=1 if eight_bit_kv else element,
         bandwidth=ceilings.bandwidth * 1e12,
         flops=ceilings.tflops * 1e12,
+        linear_flops=ceilings.tflops * (2e12 if eight_bit else 1e12),
     )
 
 
@@ -147,7 +151,10 @@ def parse_args() -> argparse.Namespace:
     add_ceiling_arguments(parser)
     parser.add_argument("--max-num-seqs", type=int, help="sequences at once (default: the workload's)")
     parser.add_argument("--tp", type=int, default=1, help="devices that share one copy of the model")
-    parser.add_argument("--weight-bytes", type=float, help="of one weight (default: the model's type)")
+    parser.add_argument(
+        "--weight-bytes", type=float, help="of one weight of the linear layers (default: the model's type)"
+    )
+    parser.add_argument("--linear-tflops", type=float, help="of the linear layers' products (default: as --tflops)")
     parser.add_argument("--kv-bytes", type=float, help="of one element of the KV cache (default: the model's type)")
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json")
     return parser.parse_args()
@@ -160,6 +167,7 @@ def main() -> None:
     work = spec.make(model.vocab_size)
     cap = args.max_num_seqs or spec.max_num_seqs
     ceilings = {"bandwidth": args.bandwidth * 1e12, "flops": args.tflops * 1e12}
+    ceilings["linear_flops"] = (args.linear_tflops or args.tflops) * 1e12
     limit = roofline(model, work, cap, args.tp, args.weight_bytes, args.kv_bytes, **ceilings)
     result = {
         "benchmark": "roofline",

@@ -21,6 +21,8 @@ SMALL_WORKLOADS = {
     "seed": ["--num-seqs", "8", "--input-len", "16", "64", "--output-len", "8", "32"],
     "8b": ["--num-seqs", "16", "--input-len", "16", "64", "--output-len", "8", "32"],
     "30b-a3b": ["--num-seqs", "16", "--input-len", "16", "64", "--output-len", "8", "32"],
+    "llama-8b-1000": ["--num-seqs", "16", "--input-len", "40", "40", "--output-len", "40", "40"],
+    "llama-8b-128": ["--num-seqs", "16", "--input-len", "16", "16", "--output-len", "64", "64"],
     "stream": ["--num-seqs", "16", "--input-len", "16", "64", "--output-len", "8", "32"],
     "labelling": ["--num-seqs", "32", "--prefix-len", "256", "--input-len", "8", "32", "--output-len", "1", "4"],
 }

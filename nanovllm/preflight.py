@@ -33,6 +33,12 @@ def check_model(config: EngineConfig) -> ModelConfig:
                 f"enable_expert_parallel=True: {config.model} ({model_config.architecture}) has no experts; leave it out"
             )
         model_config = dataclasses.replace(model_config, moe=model_config.moe._replace(parallel=True))
+    stored = model_config.quantization
+    if config.quantization is not None and stored is not None and not stored.is_fp8:
+        raise UserError(
+            f"quantization={config.quantization!r}: {config.model} is quantized already ({stored.method}), which cannot be turned into "
+            "another form; leave the option out"
+        )
     check_tensor_parallel(model_config, config.tensor_parallel_size)
     if config.load_format == "auto" or config.lora_adapters:
         import torch

@@ -191,8 +191,8 @@ _OPTIONAL = {"seed", "logprobs", "prompt_logprobs", "thinking_budget"}
 
 
 def _is_int(value: object) -> bool:
-    # Integral and Real take numpy's scalars too: a row of a table often holds those.
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    # Integral and Real take numpy's scalars too: a row of a table often holds those. They are ten times slower to ask than a type.
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def _is_id_list(value: object) -> bool:
@@ -212,4 +212,4 @@ def _is_finite(value: float) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return type(value) in (int, float) or (isinstance(value, Real) and not isinstance(value, bool))

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import sys
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from nanovllm import RequestOutput, SamplingParams, UserError
 from nanovllm.outputs import TokenLogprobs
+from pipelines.row_values import TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +78,7 @@ class Deduplicated:
         """Free the engine."""
         self._engine.shutdown()
 
-    def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
+    def submit(self, prompt: str | TokenIds, params: SamplingParams) -> Future[RequestOutput]:
         """Start one request, or wait for one that is equal but for its seed: the future is a `Copy` then.
 
         A request that samples, as a row may ask for, is its own. Copies of a request that ends with an error get its error,
@@ -145,12 +147,15 @@ def check_dedupe(name: str, sampling: SamplingParams) -> None:
         )
 
 
-def request_key(prompt: str | list[int], params: SamplingParams) -> bytes:
+def request_key(prompt: str | TokenIds, params: SamplingParams) -> bytes:
     """Equal for requests that have the same greedy output. A cryptographic digest, since prompts are anybody's text."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr(dataclasses.replace(params, seed=None)).encode("utf-8", "surrogatepass"))
     digest.update(b"\0text\0" if isinstance(prompt, str) else b"\0ids\0")
-    digest.update(prompt.encode("utf-8", "surrogatepass") if isinstance(prompt, str) else repr(prompt).encode())
+    if isinstance(prompt, str):
+        digest.update(prompt.encode("utf-8", "surrogatepass"))
+    else:  # all of a column are of one kind
+        digest.update(prompt.tobytes() if isinstance(prompt, array) else repr(prompt).encode())
     return digest.digest()
 
 

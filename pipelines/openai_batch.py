@@ -15,7 +15,7 @@ from nanovllm.utils.chat import ChatRenderer, Message
 from pipelines.inputs import BATCH_SCHEMA
 from pipelines.job import PromptConfig
 from pipelines.prompts import Prompt, Rendered, check_prompt_value, read_messages, render_chat
-from pipelines.row_values import RowError
+from pipelines.row_values import RowError, TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,7 +142,7 @@ class BatchRequests:
         endpoint = _endpoint(row)
         return BatchRequest(endpoint, body, _parameters(endpoint, body))
 
-    def source(self, row: Mapping[str, object]) -> str | list[int] | list[Message]:
+    def source(self, row: Mapping[str, object]) -> str | TokenIds | list[Message]:
         """What the prompt of a row is made of: text, token ids, or a conversation.
 
         Raises:

@@ -28,7 +28,7 @@ from pipelines.metrics import EngineMetrics
 from pipelines.models import local_model
 from pipelines.requests import Requests, per_row_parameters, row_seed
 from pipelines.results import RowResult
-from pipelines.row_values import OBJECTS, column_values, plain
+from pipelines.row_values import OBJECTS, plain
 from pipelines.rows import RowPath
 
 if TYPE_CHECKING:
@@ -132,7 +132,9 @@ class NanoVLLMPredictor:
         objects = _objects(batch, table)
         schema = pa.schema([f.with_type(OBJECTS) if f.name in objects else f for f in table.schema])
         requests, columns = self._for_input(schema)
-        read = {name: objects[name] if name in objects else column_values(table[name]) for name in requests.columns}
+        read = {
+            name: objects[name] if name in objects else requests.values(name, table[name]) for name in requests.columns
+        }
         rows = requests.rows_of(read)
         seeds = [row_seed(self._seed, requests.key(row)) for row in rows]
         results: dict[int, RowResult] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -12,7 +13,7 @@ from nanovllm import UserError
 from nanovllm.utils.chat import REFUSED, ChatError, ChatRenderer, Message, check_messages
 from nanovllm.utils.validation import suggest
 from pipelines.job import PromptConfig
-from pipelines.row_values import OBJECTS, RowError, is_text, list_item
+from pipelines.row_values import OBJECTS, RowError, TokenIds, is_text, list_item
 from pipelines.templates import RowTemplate
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Rendered(NamedTuple):
 
 
 # Plain text is for the tokenizer to complete.
-Prompt = str | Rendered | list[int]
+Prompt = str | Rendered | TokenIds
 
 
 class Prompts:
@@ -56,6 +57,7 @@ class Prompts:
 
     Attributes:
         columns: input columns that are read.
+        token_column: the one that holds prompts as lists of token ids, where one does.
 
     Raises:
         UserError: a column is missing or of a type that holds no prompts, or the template is wrong.
@@ -66,6 +68,7 @@ class Prompts:
         self._template: RowTemplate | None = None
         self._chat: ChatRenderer | None = None
         self._few_shot = _few_shot(config)
+        self.token_column: str | None = None
         if config.template is not None:
             self._template = RowTemplate(config.template, schema.names)
             self.columns = self._template.columns
@@ -85,8 +88,10 @@ class Prompts:
             raise UserError(
                 f"column {name!r} (prompt.{setting}) is {kind}; {wanted[setting]}: name another column or cast it"
             )
-        if config.chat and setting == "column" and list_item(kind) is not None:
-            raise UserError(f"column {name!r} holds token ids, which no chat template takes; leave out prompt.chat")
+        if setting == "column" and list_item(kind) is not None:
+            if config.chat:
+                raise UserError(f"column {name!r} holds token ids, which no chat template takes; leave out prompt.chat")
+            self.token_column = name
 
     def attach(self, tokenizer: PreTrainedTokenizerBase | None, model: str) -> None:
         """Make ready to render for a model.
@@ -103,7 +108,7 @@ class Prompts:
                 template_variables=self._config.chat_template_kwargs,
             )
 
-    def source(self, row: Mapping[str, object]) -> str | list[int] | list[Message]:
+    def source(self, row: Mapping[str, object]) -> str | TokenIds | list[Message]:
         """What the prompt of a row is made of: text, token ids, or a conversation.
 
         Raises:
@@ -151,7 +156,7 @@ def render_chat(chat: ChatRenderer, messages: object) -> Rendered | list[int]:
         raise RowError(str(error)) from None
 
 
-def check_prompt_value(value: object) -> str | list[int]:
+def check_prompt_value(value: object) -> str | TokenIds:
     """A prompt as the engine takes it.
 
     Raises:
@@ -161,7 +166,7 @@ def check_prompt_value(value: object) -> str | list[int]:
         raise RowError("prompt is null")
     if isinstance(value, bytes):
         raise RowError("prompt is not valid UTF-8")
-    if not isinstance(value, (str, list)):
+    if not isinstance(value, (str, list, array)):
         raise RowError(f"prompt is {type(value).__name__}, not a string")
     if not value:
         raise RowError("prompt is empty")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm import UserError
-from nanovllm.utils.roofline import ELEMENT_BYTES, Costs, Work, find_device, least_seconds
+from nanovllm.utils.roofline import ELEMENT_BYTES, Costs, Device, Work, find_device, least_seconds, weight_costs
 from pipelines.counts import Counts
 from pipelines.history import Start, Usage, total_usage
 from pipelines.models import look
@@ -143,7 +143,7 @@ def roofline(usage: Usage, counts: Counts, gpu: str, config: Mapping[str, Any]) 
     engine = config["engine"]
     try:
         directory = look(config["model"], config.get("run", {}).get("model_cache"), weights=False)
-        costs = _costs(directory, engine, device.bandwidth, device.flops)
+        costs = _costs(directory, engine, device)
     except (UserError, OSError, KeyError) as error:
         return {"known": False, "reason": f"the model's shape cannot be read: {error}"}
     cached = min(1.0, usage.cached_tokens / max(1, usage.input_tokens))
@@ -177,19 +177,21 @@ def roofline(usage: Usage, counts: Counts, gpu: str, config: Mapping[str, Any]) 
     }
 
 
-def _costs(directory: Path, engine: Mapping[str, Any], bandwidth: float, flops: float) -> Costs:
+def _costs(directory: Path, engine: Mapping[str, Any], device: Device) -> Costs:
     from nanovllm.models.config import ModelConfig
     from nanovllm.models.registry import ARCHITECTURES
 
     shape = ModelConfig.from_dir(directory, ARCHITECTURES)
     element = ELEMENT_BYTES[shape.dtype if engine["dtype"] == "auto" else engine["dtype"]]
+    weight_bytes, eight_bit = weight_costs(shape, engine.get("quantization"))
     return Costs.of(
         shape,
         tp=engine["tensor_parallel_size"],
-        weight_bytes=1 if engine.get("quantization") else element,
+        weight_bytes=(weight_bytes or element) if device.fp8 else element,
         kv_bytes=1 if "8" in str(engine.get("kv_cache_dtype")) else element,
-        bandwidth=bandwidth,
-        flops=flops,
+        bandwidth=device.bandwidth,
+        flops=device.flops,
+        linear_flops=device.flops_8bit if eight_bit else device.flops,
     )
 
 

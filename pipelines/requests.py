@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from array import array
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -19,7 +20,7 @@ from nanovllm.utils.validation import suggest
 from pipelines.job import PromptConfig
 from pipelines.openai_batch import BODY_PARAMETERS, BatchRequests
 from pipelines.prompts import Prompt, Prompts, Rendered
-from pipelines.row_values import OBJECTS, RowError, column_values, is_text, refuse_pickles
+from pipelines.row_values import OBJECTS, RowError, column_values, is_text, refuse_pickles, token_lists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -179,7 +180,12 @@ class Requests:
 
     def rows(self, table: pa.Table) -> list[Row]:
         """The rows of a table, each as `request` takes it."""
-        return self.rows_of({name: column_values(table[name]) for name in self.columns})
+        return self.rows_of({name: self.values(name, table[name]) for name in self.columns})
+
+    def values(self, name: str, column: pa.ChunkedArray) -> list[object]:
+        """What `rows_of` takes for a column of one of the names that are read."""
+        is_prompt = self._batch is None and name == self._prompts.token_column
+        return token_lists(column) if is_prompt else column_values(column)
 
     def rows_of(self, columns: Mapping[str, Sequence[object]]) -> list[Row]:
         """The rows of some columns, which have at least those that are read."""
@@ -189,6 +195,7 @@ class Requests:
     def key(self, row: Row) -> str:
         """What a row's prompt comes from, as text: equal for rows whose prompts are."""
         values = [row[name] for name in (self.columns if self._batch else self._prompts.columns)]
+        values = [value.tolist() if isinstance(value, array) else value for value in values]
         return str(values[0]) if len(values) == 1 else repr(values)
 
     def beginning(self, row: Row) -> str:

@@ -53,7 +53,7 @@ from pipelines.plan import (
 )
 from pipelines.prompts import Rendered
 from pipelines.requests import Requests, per_row_parameters
-from pipelines.row_values import RowError, column_values
+from pipelines.row_values import RowError, TokenIds, column_values
 from pipelines.sharing import Sharing, estimate
 from pipelines.storage import Location, children, delete_tree, exists, put, read, retrying
 
@@ -582,7 +582,7 @@ def _position_key(position: int) -> bytes:
     return position.to_bytes(8, "big")
 
 
-def _token_ids(requests: Requests, row: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+def _token_ids(requests: Requests, row: Any, tokenizer: PreTrainedTokenizerBase) -> TokenIds | None:
     """The prompt of a row; None where it is an error row."""
     try:
         prompt = requests.request(row, 0).prompt

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from array import array
+from typing import Any, Union
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,8 @@ from nanovllm import UserError
 
 # Type of a column that a program handed over as Python objects: what it holds is known row by row.
 OBJECTS = pa.opaque(pa.null(), "object", "python")
+# A prompt's tokens: an array where they come from a column.
+TokenIds = Union[list[int], "array[int]"]
 
 
 class RowError(ValueError):
@@ -23,6 +26,26 @@ def column_values(column: pa.ChunkedArray) -> list[object]:
         return list(column.to_pylist())
     except UnicodeDecodeError:  # Parquet readers do not check; one such row must not cost the job
         return [_value(scalar) for chunk in column.chunks for scalar in chunk]
+
+
+def token_lists(column: pa.ChunkedArray) -> list[object]:
+    """The values of a column of lists of integers: each an array, without an object for each number of it.
+
+    Lists that hold nulls, and those of rarer layouts, are as `column_values` has them.
+    """
+    found: list[object] = []
+    for chunk in column.chunks:
+        plain_layout = pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)
+        if not plain_layout or chunk.values.null_count:
+            found += chunk.to_pylist()
+            continue
+        numbers = chunk.values.to_numpy()
+        code = np.dtype(numbers.dtype).char
+        data, width = memoryview(numbers).cast("B"), numbers.dtype.itemsize
+        ends = (chunk.offsets.to_numpy() * width).tolist()
+        for start, end, is_there in zip(ends, ends[1:], chunk.is_valid().to_pylist(), strict=False):
+            found.append(array(code, data[start:end].tobytes()) if is_there else None)
+    return found
 
 
 def _value(scalar: pa.Scalar) -> object:

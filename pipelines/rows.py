@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from nanovllm import RequestOutput, SamplingParams
+from nanovllm import EngineDeadError, RequestOutput, SamplingParams
 from nanovllm.outputs import error_output
 from pipelines.job import TooLong
 from pipelines.prompts import Rendered
 from pipelines.requests import Request, Requests, Row
 from pipelines.results import RowResult, row_result
-from pipelines.row_values import RowError
+from pipelines.row_values import RowError, TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +53,7 @@ class Engine(Protocol):
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text, for engines with a tokenizer. Where it refuses one this raises for all."""
 
-    def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
+    def submit(self, prompt: str | TokenIds, params: SamplingParams) -> Future[RequestOutput]:
         """Start one request."""
 
     def stats(self) -> EngineStats:
@@ -70,6 +72,9 @@ class RowPath:
         # Its own thread: rendering and tokenizing must hold up neither the event loop nor the engine. Fast tokenizers free the GIL,
         # and take the texts of a group on all cores.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        # Calls are served one after another. Where all took turns they would also end together, and the engine would run empty until new ones
+        # have begun.
+        self._turn = asyncio.Lock()
         sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
 
     async def run(
@@ -93,19 +98,20 @@ class RowPath:
             EngineDeadError: the engine died; rows not reported are lost.
         """
         loop = asyncio.get_running_loop()
-        tasks: list[asyncio.Task[None]] = []
+        results = _Results(loop, len(rows), done)
         try:
-            for start in range(0, len(rows), SUBMIT_ROWS):
-                some = range(start, min(start + SUBMIT_ROWS, len(rows)))
-                futures = await loop.run_in_executor(
-                    self._tokenizing, self._submit, requests, some, rows, seeds, submitted
-                )
-                for position, future in enumerate(futures, start):
-                    tasks.append(loop.create_task(_report(position, future, done)))
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+            async with self._turn:
+                for start in range(0, len(rows), SUBMIT_ROWS):
+                    some = range(start, min(start + SUBMIT_ROWS, len(rows)))
+                    await loop.run_in_executor(
+                        self._tokenizing, self._submit, requests, some, rows, seeds, submitted, results
+                    )
+            await results.all
+        except EngineDeadError:
+            raise  # nothing runs any more, and what it died of can be told from the futures
+        except BaseException:
+            results.cancel()
+            raise
 
     def _submit(
         self,
@@ -114,13 +120,13 @@ class RowPath:
         rows: Sequence[Row],
         seeds: Sequence[int],
         submitted: Callable[[int, Future[RequestOutput]], None],
-    ) -> list[Future[RequestOutput]]:
+        results: _Results,
+    ) -> None:
         asked = self._tokenized([_request(requests, rows[position], seeds[position]) for position in some])
-        futures = []
         for position, request in zip(some, asked, strict=True):
-            futures.append(self._submit_row(request))
-            submitted(position, futures[-1])
-        return futures
+            future = self._submit_row(request)
+            submitted(position, future)
+            results.watch(position, future)
 
     def _tokenized(self, asked: list[Request | str]) -> list[Request | str]:
         """The requests with token ids for text, as far as the tokenizer takes all texts of a kind."""
@@ -159,12 +165,71 @@ class RowPath:
         except Exception as error:
             return _failed(_message(error))
 
-    def _fit(self, token_ids: list[int], params: SamplingParams) -> list[int]:
+    def _fit(self, token_ids: TokenIds, params: SamplingParams) -> TokenIds:
         """Drop tokens at one end until the prompt leaves room for `max_tokens`."""
         limit = max(1, self._engine.max_prompt_len + 1 - params.max_tokens)
         if len(token_ids) <= limit:
             return token_ids
         return token_ids[-limit:] if self._too_long == "truncate_left" else token_ids[:limit]
+
+
+class _Results:
+    """The results of some rows, on their way from the engine's thread to the event loop.
+
+    All that have ended by the time the loop looks are handed over in one turn: to wake it costs as much as a row's work there, and the
+    engine's thread has to wait for Python's lock after it.
+
+    Args:
+        count: of the rows; done: called on the event loop with the position and result of each.
+
+    Attributes:
+        all: done when they all are; has the exception of a row that has no result.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, count: int, done: Callable[[int, RowResult], None]) -> None:
+        self.all: asyncio.Future[None] = loop.create_future()
+        self._loop = loop
+        self._left = count
+        self._done = done
+        self._running: dict[int, Future[RequestOutput]] = {}
+        self._ended: deque[tuple[int, Future[RequestOutput]]] = deque()
+        self._woken = self._cancelled = False
+        if not count:
+            self.all.set_result(None)
+
+    def watch(self, position: int, future: Future[RequestOutput]) -> None:
+        """Wait for a row's result, on the thread that submits it."""
+        self._running[position] = future
+        future.add_done_callback(partial(self._end, position))
+        if self._cancelled:
+            future.cancel()
+
+    def cancel(self) -> None:
+        """Stop the rows that have not ended, on the event loop."""
+        self._cancelled = True
+        self.all.cancel()
+        for future in list(self._running.values()):
+            future.cancel()
+
+    def _end(self, position: int, future: Future[RequestOutput]) -> None:
+        self._ended.append((position, future))
+        if not (self._woken or self._cancelled):
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._take)
+
+    def _take(self) -> None:
+        self._woken = False  # before the look: what ends after it wakes the loop again
+        try:
+            while self._ended:
+                position, future = self._ended.popleft()
+                del self._running[position]
+                self._done(position, row_result(future.result()))
+                self._left -= 1
+        except Exception as error:
+            if not self.all.done():
+                self.all.set_exception(error)
+        if not self._left and not self.all.done():
+            self.all.set_result(None)
 
 
 def _request(requests: Requests, row: Row, seed: int) -> Request | str:
@@ -187,7 +252,3 @@ def _failed(message: str) -> Future[RequestOutput]:
     # Messages quote rows, and rows of JSON may hold half a surrogate pair, which no column does.
     failed.set_result(error_output(message.encode("utf-8", "replace").decode()))
     return failed
-
-
-async def _report(position: int, future: Future[RequestOutput], done: Callable[[int, RowResult], None]) -> None:
-    done(position, row_result(await asyncio.wrap_future(future)))

@@ -304,7 +304,8 @@ class ShardWorker:
         place = self._stage.places(active.shard, table)
         assert place is not None  # what is read has the places of its rows, whatever is written
         seeds = [row_seed(self._config.run.seed, *place(row), 0) for row in rows]
-        every = self._requests.rows(table.select(self._requests.columns))  # Arrow's `take` knows no string views
+        read = table.select(self._requests.columns)
+        every = await self._off_loop(self._requests.rows, read)  # Arrow's `take` knows no string views
         try:
             await self._rows.run(
                 self._requests,

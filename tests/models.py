@@ -12,8 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
+
+# On a machine with a single GPU two ranks have nowhere to run.
+TWO_RANKS = not torch.cuda.is_available() or torch.cuda.device_count() >= 2
+needs_two_ranks = pytest.mark.skipif(not TWO_RANKS, reason="needs two GPUs, or none")
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 

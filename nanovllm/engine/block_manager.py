@@ -6,7 +6,6 @@ tokens) and taken only if its parent and its tokens are the same, so a hash coll
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict
 
 import xxhash
@@ -18,9 +17,9 @@ FOUND_PART = 0.25
 
 
 class Block:
-    """One KV block. `node` is 0 while the block is not in the prefix cache; `found`: it is, and another sequence took it from there."""
+    """One KV block. `node` is 0 while the block is not in the prefix cache; `tokens` is what it holds there, as bytes; `found`: another sequence took it from there."""
 
-    __slots__ = ("block_id", "found", "hash", "node", "parent", "ref_count", "token_ids")
+    __slots__ = ("block_id", "found", "hash", "node", "parent", "ref_count", "tokens")
 
     def __init__(self, block_id: int) -> None:
         self.block_id = block_id
@@ -29,7 +28,7 @@ class Block:
         self.node = 0
         self.parent = 0
         self.found = False
-        self.token_ids: list[int] = []
+        self.tokens = b""
 
 
 class BlockManager:
@@ -132,7 +131,7 @@ class BlockManager:
                 if hash_value not in self.cached:
                     block = self.blocks[seq.block_table[index]]
                     block.hash, block.node, block.parent = hash_value, self.last_node, seq.prefix_node
-                    block.token_ids = tokens
+                    block.tokens = tokens
                     self.cached[hash_value] = block
                 seq.prefix_node = self.last_node
             seq.num_registered_blocks = index + 1
@@ -155,20 +154,20 @@ class BlockManager:
         seq.block_table = []
         seq.reset_cache_position()
 
-    def _tokens(self, seq: Sequence, index: int) -> list[int]:
-        return seq.token_ids[index * self.block_size : (index + 1) * self.block_size]
+    def _tokens(self, seq: Sequence, index: int) -> bytes:
+        return seq.token_ids[index * self.block_size : (index + 1) * self.block_size].tobytes()
 
     def _hash(self, seq: Sequence, index: int) -> int:
         """Chained hash of block `index`; hashes once computed are kept with the sequence."""
         while len(seq.block_hashes) <= index:
             parent = seq.block_hashes[-1] if seq.block_hashes else seq.adapter + 1
-            tokens = array("q", self._tokens(seq, len(seq.block_hashes)))
-            seq.block_hashes.append(xxhash.xxh64_intdigest(tokens.tobytes(), seed=parent))
+            tokens = self._tokens(seq, len(seq.block_hashes))
+            seq.block_hashes.append(xxhash.xxh64_intdigest(tokens, seed=parent))
         return seq.block_hashes[index]
 
-    def _lookup(self, hash_value: int, parent: int, tokens: list[int]) -> Block | None:
+    def _lookup(self, hash_value: int, parent: int, tokens: bytes) -> Block | None:
         block = self.cached.get(hash_value)
-        if block is None or block.parent != parent or block.token_ids != tokens:
+        if block is None or block.parent != parent or block.tokens != tokens:
             return None
         return block
 
@@ -177,4 +176,4 @@ class BlockManager:
             del self.cached[block.hash]
             block.node = block.parent = block.hash = 0
             block.found = False
-            block.token_ids = []
+            block.tokens = b""

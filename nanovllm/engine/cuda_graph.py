@@ -42,6 +42,12 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sorted(sizes) if size < max_num_seqs] + [max_num_seqs]
 
 
+def sparse_graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes of graphs that are captured while a job waits: few, as most of what a padded row costs are products of its tile."""
+    sizes = {8, 16, *range(32, 513, 32), *range(576, max_num_seqs, 64)}
+    return [size for size in sorted(sizes) if size < max_num_seqs] + [max_num_seqs]
+
+
 def capture(
     run: Callable[[], Outputs], device: torch.device, pool: tuple[int, int], stream: torch.cuda.Stream
 ) -> tuple[torch.cuda.CUDAGraph, Outputs]:
@@ -56,12 +62,13 @@ def capture(
 
 
 class DecodeGraphs:
-    """Graphs of `decode`, each captured when it is first needed, unless `capture_all` did so before.
+    """Graphs of `decode`, each captured when it is first replayed, unless `capture_all` did so before.
 
     Args:
         decode: a decode step of the sequences in the state slots [B] it is given; returns tensors of B rows.
         max_num_seqs: largest batch; padding_slot: fills up a graph's batch, and nothing happens to it.
         pool: of other graphs, whose memory these use too where only one of them all runs at a time.
+        sparse: of the sizes of `sparse_graph_sizes`.
 
     Attributes:
         seconds, num_bytes: what `capture_all` took.
@@ -74,9 +81,11 @@ class DecodeGraphs:
         padding_slot: int,
         device: torch.device,
         pool: tuple[int, int] | None = None,
+        sparse: bool = False,
     ) -> None:
         self.decode = decode
-        self.sizes = graph_sizes(max_num_seqs)
+        self.sizes = sparse_graph_sizes(max_num_seqs) if sparse else graph_sizes(max_num_seqs)
+        self.wanted: Counter[int] = Counter()
         self.padding_slot = padding_slot
         self.device = device
         self.slots = torch.full((max_num_seqs,), padding_slot, dtype=torch.int64, device=device)
@@ -106,6 +115,12 @@ class DecodeGraphs:
         slots.fill_(self.padding_slot)
         self.graphs[size] = capture(lambda: self.decode(slots), self.device, self.pool, self.stream)
         slots.copy_(wanted)
+
+    def often(self, batch: int) -> bool:
+        """Whether the size of `batch` sequences has come up so often, with this time, that its graph is worth its capture."""
+        size = self.padded(batch)
+        self.wanted[size] += 1
+        return self.wanted[size] >= CAPTURE_AT
 
     def padded(self, batch: int) -> int:
         """Rows of the graph that runs `batch` sequences."""

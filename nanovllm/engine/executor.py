@@ -21,7 +21,7 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.model_input import ModelInput
-from nanovllm.engine.model_runner import ModelRunner, resolve_device
+from nanovllm.engine.model_runner import ModelRunner, resolve_device, resolve_dtype
 from nanovllm.engine.ranks import ChildRanks, RankEnd, RankGroup, RankLauncher
 from nanovllm.engine.row_sampling import SamplingInput
 from nanovllm.engine.step_result import StepCopy, StepResult
@@ -30,6 +30,7 @@ from nanovllm.errors import EngineDeadError, UserError
 from nanovllm.layers.attention import SharingBackend, select_backend
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.config import ModelConfig
+from nanovllm.utils.prefixes import SharingShape
 
 # `Executor.chunk_cost` where decodes run as graphs, of the 0.6B shape and 256 sequences (bench/NOTES.md).
 GRAPHS_CHUNK_COST = 0.5
@@ -90,11 +91,13 @@ class Executor(ABC):
         summary: what runs where.
         chunk_cost: how much longer a step with chunks takes than one of decodes alone, as a part of the latter: decodes may run as
             CUDA graphs, whose launch takes the host no time.
+        sharing: see `sharing_shape`.
     """
 
     num_kvcache_blocks: int
     summary: str
     chunk_cost: float
+    sharing: SharingShape | None
 
     @abstractmethod
     def mask_buffer(self, rows: int) -> npt.NDArray[np.int32]:
@@ -142,15 +145,20 @@ def create_executor(
     return RankedExecutor(config, model_config, max_model_len, launcher or ChildRanks())
 
 
-def shared_tile(config: EngineConfig, model_config: ModelConfig) -> int:
-    """Sequences that are attended together to the prefix they share; 0 where that is not done."""
-    if not config.shared_prefix_attention:
-        return 0
-    backend = select_backend(config.attention_backend, resolve_device(config, 0))
+def sharing_shape(config: EngineConfig, model_config: ModelConfig, device: torch.device) -> SharingShape | None:
+    """How decodes on `device` attend to the prefixes they share; None where each does for itself."""
+    if not config.shares_prefixes:
+        return None
+    backend = select_backend(config.attention_backend, device)
     if not issubclass(backend, SharingBackend):
-        return 0
+        return None
     size = config.tensor_parallel_size
-    return backend.shared_tile(model_config.num_heads // size // max(1, model_config.num_kv_heads // size))
+    return backend.sharing_shape(
+        model_config.num_heads // size,
+        max(1, model_config.num_kv_heads // size),
+        model_config.head_dim,
+        resolve_dtype(config, model_config, device),
+    )
 
 
 def choose_num_blocks(config: EngineConfig, most: int) -> int:
@@ -165,6 +173,7 @@ class UniprocExecutor(Executor):
         self.runner: ModelRunner | None = ModelRunner(config, model_config, max_model_len, TensorParallel())
         self.num_kvcache_blocks = choose_num_blocks(config, self.runner.max_kvcache_blocks())
         self.summary = self.runner.start(self.num_kvcache_blocks)
+        self.sharing = sharing_shape(config, model_config, self.runner.device)
         self.chunk_cost = GRAPHS_CHUNK_COST if self.runner.graphs else 0.0
         self._masks = MaskBuffer(model_config.vocab_size, pinned=self.runner.device.type == "cuda")
         self.in_flight: deque[StepCopy] = deque()
@@ -215,6 +224,7 @@ class RankedExecutor(Executor):
         device = resolve_device(config, 0, launcher.apart)
         config = config.model_copy(update={"device": device.type})
         self.chunk_cost = GRAPHS_CHUNK_COST if device.type == "cuda" and not config.enforce_eager else 0.0
+        self.sharing = sharing_shape(config, model_config, device)
         self._masks = MaskBuffer(model_config.vocab_size, pinned=False)
         size = config.tensor_parallel_size
         threads = max(1, torch.get_num_threads() // size)

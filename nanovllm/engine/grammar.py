@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ CACHE_SIZE = 512
 # States that share one compiled form before another is made for the next ones: those of one share what they find out under a lock,
 # so threads would wait for each other.
 STATES_PER_MATCHER = 16
+_FAMILY = itemgetter(0)
 # A long constant is forced piece by piece.
 MAX_FORCED_TOKENS = 256
 # Sets of tokens that llguidance allows as a whole where a text may go on freely. Its own are of texts of up to 10 and 30 characters: a text
@@ -106,17 +108,18 @@ class GrammarCompiler:
         if self._executor is None:
             return [state.accept(token_id) for state, token_id in sampled]
         fits = [True] * len(sampled)
-        places: list[int] = []
-        jobs: list[tuple[Any, int]] = []
+        jobs: list[tuple[int, int, tuple[Any, int]]] = []
         for place, (state, token_id) in enumerate(sampled):
             inner = state.mask_state
             if inner is None or inner.is_finished or token_id in self.eos_token_ids:
                 fits[place] = state.accept(token_id)
             else:
-                places.append(place)
-                jobs.append((inner.matcher, token_id))
+                jobs.append((inner.family, place, (inner.matcher, token_id)))
         if jobs:
-            for place, fit in zip(places, self._executor.consume_token_par(jobs), strict=True):
+            # As in `start_masks`: those that share a lock are side by side.
+            jobs.sort(key=_FAMILY)
+            taken = self._executor.consume_token_par([job for _, _, job in jobs])
+            for (_, place, _), fit in zip(jobs, taken, strict=True):
                 fits[place] = fit
         return fits
 

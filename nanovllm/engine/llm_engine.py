@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.executor import create_executor, shared_tile
+from nanovllm.engine.executor import create_executor
 from nanovllm.engine.model_input import build_model_input, order_batch
 from nanovllm.engine.output_processor import OutputProcessor, Verdict
 from nanovllm.engine.poison import Poison
@@ -379,12 +379,12 @@ class LLMEngine:
             self.executor.num_kvcache_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
         )
         self.in_flight: deque[Flight] = deque()
-        tile = shared_tile(self.config, self.model_config)
+        shape = self.executor.sharing
         self.sharing: PrefixSharing | None = None
-        if tile:
+        if shape is not None:
             rows = min(self.config.max_num_seqs, self.config.max_num_batched_tokens)
             blocks = -(-self.max_model_len // self.config.kvcache_block_size)
-            self.sharing = PrefixSharing(rows, blocks, self.config.kvcache_block_size, tile)
+            self.sharing = PrefixSharing(rows, blocks, self.config.kvcache_block_size, shape)
         self.scheduler = Scheduler(self.config.max_num_seqs, self.config.max_num_batched_tokens, self.block_manager)
         self.output_processor = OutputProcessor(
             self.tokenizer, self.model_config.eos_token_ids, self.requests.think_tags

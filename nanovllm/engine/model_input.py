@@ -6,12 +6,14 @@ in the device's own state (`engine.device_state`).
 
 from __future__ import annotations
 
+from array import array
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from nanovllm.engine.scheduler import ScheduledSequence
+from nanovllm.engine.sequence import TOKEN
 from nanovllm.utils.prefixes import SharedPrefixes
 
 Ints = npt.NDArray[np.int64]
@@ -64,7 +66,7 @@ def order_batch(batch: list[ScheduledSequence]) -> list[ScheduledSequence]:
 def build_model_input(batch: list[ScheduledSequence], extended: bool = False, has_adapters: bool = False) -> ModelInput:
     """Flatten an ordered `batch`. Notes in each sequence what the device has been told of it."""
     num_decodes = sum(map(is_decode, batch))
-    token_ids: list[int] = []
+    token_ids = array(TOKEN)
     for item in batch[num_decodes:]:
         token_ids.extend(item.seq.token_ids[item.start : item.start + item.num_tokens])
     new_blocks: list[tuple[int, int, int]] = []

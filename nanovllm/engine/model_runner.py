@@ -21,6 +21,7 @@ from nanovllm.engine.cuda_graph import (
     MaskedSampling,
     graph_sizes,
     most_chunk_tokens,
+    sparse_graph_sizes,
 )
 from nanovllm.engine.device_state import DeviceState
 from nanovllm.engine.extended_sampler import ExtendedSampler
@@ -29,6 +30,7 @@ from nanovllm.engine.row_sampling import SamplingInput
 from nanovllm.engine.step_result import StepCopy
 from nanovllm.engine.token_masks import mask_words
 from nanovllm.errors import UserError
+from nanovllm.kernels.fp8_cache import FP8, SCALE_BYTES, scales_shape
 from nanovllm.kernels.sampling import LEAST_KEY, RowMasks
 from nanovllm.layers.attention import Attention, AttentionBatch, SharingBackend, select_backend
 from nanovllm.layers.backends.torch_backend import TorchBackend
@@ -36,10 +38,12 @@ from nanovllm.layers.lora import AdapterTokens
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.sampler import sample
 from nanovllm.models.config import ModelConfig
+from nanovllm.models.quantization import ONLINE_FP8
 from nanovllm.models.registry import ARCHITECTURES
 from nanovllm.utils.adapters import load_adapters, read_adapters
 from nanovllm.utils.context import ForwardContext
 from nanovllm.utils.hub import resolve_model
+from nanovllm.utils.keep_quantized import can_keep_quantized, keep_quantized, materialize
 from nanovllm.utils.loader import init_dummy, load_model
 from nanovllm.utils.prefixes import Capacity
 from nanovllm.utils.transfer import to_device
@@ -50,6 +54,8 @@ MAX_CPU_POOL_BYTES = 4 << 30
 CONTEXT_BYTES = 600 << 20
 SPARE_BYTES = 256 << 20
 GRAPH_LAYER_BYTES = 96 << 10
+# The least that converts eight-bit floats in hardware.
+FP8_CAPABILITY = (8, 9)
 
 
 def resolve_device(config: EngineConfig, rank: int, apart: bool = False) -> torch.device:
@@ -82,6 +88,23 @@ def resolve_dtype(config: EngineConfig, model_config: ModelConfig, device: torch
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UserError(f"the checkpoint's dtype {name!r} is not known; set dtype to float32, float16 or bfloat16")
     return dtype
+
+
+def resolve_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type of keys and values in the cache of a model in `dtype`.
+
+    Raises:
+        UserError: eight bits on a GPU whose kernels cannot convert them.
+    """
+    if config.kv_cache_dtype == "auto":
+        return dtype
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else FP8_CAPABILITY
+    if capability < FP8_CAPABILITY:
+        raise UserError(
+            f"kv_cache_dtype={config.kv_cache_dtype!r} needs a GPU of compute capability 8.9 or more and "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}; use kv_cache_dtype=auto"
+        )
+    return FP8
 
 
 class Forward(NamedTuple):
@@ -125,7 +148,7 @@ class ModelRunner:
         device: this rank's; None: as `resolve_device` says.
 
     Raises:
-        UserError: no such device or attention backend here.
+        UserError: no such device or attention backend here, or it cannot read a cache of the type asked for.
     """
 
     def __init__(
@@ -143,6 +166,7 @@ class ModelRunner:
         self.tp = tp
         self.device = device or resolve_device(config, tp.rank)
         self.dtype = resolve_dtype(config, model_config, self.device)
+        self.cache_dtype = resolve_cache_dtype(config, self.dtype, self.device)
         backend_class = select_backend(config.attention_backend, self.device)
         self.max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         self.num_kv_heads = max(1, model_config.num_kv_heads // tp.size)
@@ -155,22 +179,33 @@ class ModelRunner:
             model_config.head_dim,
             self.max_num_seqs,
             self.device,
-            self.dtype,
+            self.cache_dtype,
         )
         self.backend.check_block_size(config.kvcache_block_size)
-        with _default_dtype(self.dtype), self.device:
+        online = ONLINE_FP8 if config.quantization == "fp8" and model_config.quantization is None else None
+        quantization = online or model_config.quantization
+        keeps = quantization is not None and can_keep_quantized(self.device)
+        with _default_dtype(self.dtype):
             model_class = ARCHITECTURES[model_config.architecture].load()
+            with torch.device("meta") if keeps else self.device:
+                model = model_class(model_config, tp, self.backend, max_model_len)
+                if quantization is not None and keeps:
+                    keep_quantized(model, quantization)
+            if keeps:
+                materialize(model, self.device)
             # The rotary table is made on the CPU, whatever the default device.
-            self.model = model_class(model_config, tp, self.backend, max_model_len).to(self.device).eval()
-        if config.load_format == "dummy":
-            init_dummy(self.model)
-        else:
-            load_model(self.model, resolve_model(config.model), model_config.quantization)
+            self.model = model.to(self.device).eval()
+            if config.load_format == "dummy":
+                init_dummy(self.model)
+            else:
+                load_model(self.model, resolve_model(config.model), model_config.quantization, online)
+        if quantization is not None and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of what quantised weights were made of, some of it on streams that nothing else uses
         self.adapter_tokens: AdapterTokens | None = None
         if config.lora_adapters:
             with torch.device("meta"):
                 whole = model_class(model_config, TensorParallel(), TorchBackend(1, 1, 1), max_position=1)
-            self.adapter_tokens = AdapterTokens()
+            self.adapter_tokens = AdapterTokens(len(config.lora_adapters))
             load_adapters(self.model, read_adapters(config.lora_adapters, whole), tp, self.adapter_tokens)
         self.attention_layers = [m for m in self.model.modules() if isinstance(m, Attention)]
         blocks = -(-max_model_len // config.kvcache_block_size)
@@ -179,7 +214,9 @@ class ModelRunner:
         # By whether some sequence has a low-rank adapter, and whether decodes share prefixes, so that other steps do nothing for it.
         self.graphs: dict[tuple[bool, bool], StepGraphs] = {}
         self.shares = False
-        if config.shared_prefix_attention and isinstance(self.backend, SharingBackend):
+        self.can_share = False
+        if config.shares_prefixes and isinstance(self.backend, SharingBackend):
+            self.can_share = True
             self.backend.enable_sharing(Capacity.of(self.max_num_seqs), self.max_num_seqs + 1)
         self.extended_sampler = ExtendedSampler(
             self.model.lm_head, self.state.temperatures, self.state.seeds, self.state.steps
@@ -196,8 +233,8 @@ class ModelRunner:
     @property
     def block_bytes(self) -> int:
         """Bytes one KV block takes on this rank, all layers, keys and values."""
-        per_token = 2 * len(self.attention_layers) * self.num_kv_heads * self.model_config.head_dim
-        return int(per_token * self.config.kvcache_block_size * self.dtype.itemsize)
+        row = self.model_config.head_dim * self.cache_dtype.itemsize + (SCALE_BYTES if self.cache_dtype == FP8 else 0)
+        return int(2 * len(self.attention_layers) * self.num_kv_heads * row * self.config.kvcache_block_size)
 
     def max_kvcache_blocks(self) -> int:
         """KV blocks this rank has memory for, and never more than `max_num_seqs` full sequences use.
@@ -237,10 +274,11 @@ class ModelRunner:
                 "leave it out to have the pool sized from free memory"
             ) from None
         backend = type(self.backend).__name__.removesuffix("Backend").lower()
+        backend += " (shared prefixes once)" if self.can_share else ""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         dtype = str(self.dtype).removeprefix("torch.")
         pool = f"{num_blocks} KV blocks of {self.config.kvcache_block_size} tokens ({num_blocks * self.block_bytes >> 20} MiB)"
-        parts = [name, dtype, f"attention backend {backend}", pool]
+        parts = [name, dtype, f"attention backend {backend}", pool + " in fp8" * (self.cache_dtype == FP8)]
         if self.uses_graphs:
             whole = self._graphs_of(False, False).whole
             whole.capture_all()
@@ -260,6 +298,10 @@ class ModelRunner:
             self.backend.load_shared(step.shared)
         graphs = self._graphs_of(step.adapted, step.shares) if self.graphs else None
         decodes = step.num_decodes == len(step.slots)
+        if decodes and step.shares and graphs is not None:
+            of_step = graphs.forward if step.extended else graphs.whole
+            if not of_step.often(step.num_decodes):  # each for itself gives the same, and those graphs are there
+                graphs, self.shares = self._graphs_of(step.adapted, False), False
         if decodes and graphs is not None and not step.extended:
             return StepCopy(graphs.whole.replay(step.slots)[0])
         if not decodes:
@@ -306,10 +348,11 @@ class ModelRunner:
         found = self.graphs.get((adapted, shares))
         if found is None:
             first = self.graphs.get((False, False))
-            found = self.graphs[adapted, shares] = self._make_graphs(None if first is None else first.whole.pool)
+            found = self._make_graphs(None if first is None else first.whole.pool, sparse=shares)
+            self.graphs[adapted, shares] = found
         return found
 
-    def _make_graphs(self, pool: tuple[int, int] | None = None) -> StepGraphs:
+    def _make_graphs(self, pool: tuple[int, int] | None = None, sparse: bool = False) -> StepGraphs:
         def whole(slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return (self._sample(self._decode(slots, None)),)
 
@@ -318,8 +361,8 @@ class ModelRunner:
             return step.hidden, step.lens
 
         count, padding = self.max_num_seqs, self.state.padding_slot
-        steps = DecodeGraphs(whole, count, padding, self.device, pool)
-        forwards = DecodeGraphs(forward, count, padding, self.device, steps.pool)
+        steps = DecodeGraphs(whole, count, padding, self.device, pool, sparse)
+        forwards = DecodeGraphs(forward, count, padding, self.device, steps.pool, sparse)
         return StepGraphs(steps, forwards, self._make_chunk_graphs(steps.pool))
 
     def _make_chunk_graphs(self, pool: tuple[int, int]) -> ChunkGraphs | None:
@@ -366,7 +409,7 @@ class ModelRunner:
     def _adapt(self, slots: torch.Tensor) -> None:
         """Tell the layers which adapter each token has, from the state slots [T] of their sequences."""
         if self.adapter_tokens is not None:
-            self.adapter_tokens.index = self.state.adapters[slots] if self.adapted else None
+            self.adapter_tokens.assign(self.state.adapters[slots] if self.adapted else None)
 
     def _mixed(self, step: ModelInput, graphs: ChunkGraphs | None) -> Forward:
         """A step with prefill chunks, after its decodes if it has any."""
@@ -447,9 +490,13 @@ class ModelRunner:
     def _allocate_kv_cache(self, num_blocks: int) -> None:
         """Zeroed: attention reads padding slots and masks them, so all must be finite."""
         shape = (2, len(self.attention_layers), num_blocks, self.config.kvcache_block_size, self.num_kv_heads)
-        pool = _zeros((*shape, self.model_config.head_dim), self.dtype, self.device)
+        pool = _zeros((*shape, self.model_config.head_dim), self.cache_dtype, self.device)
         for layer, k_cache, v_cache in zip(self.attention_layers, pool[0], pool[1], strict=True):
             layer.k_cache, layer.v_cache = k_cache, v_cache
+        if self.cache_dtype == FP8:
+            scales = _zeros((shape[1], *scales_shape(*shape[2:])), torch.bfloat16, self.device)
+            for layer, layer_scales in zip(self.attention_layers, scales, strict=True):
+                layer.scales = layer_scales
 
     @torch.inference_mode()
     def _warm_up(self) -> int:
@@ -465,6 +512,11 @@ class ModelRunner:
         lens = _lens_of(self.config.max_num_batched_tokens, count, self.max_model_len)
         self._run(_warm_up_step(lens, decode=False))
         graph_bytes = 0
+        if (
+            self.can_share
+        ):  # compiled here, not in the middle of a job: the plan has a form for up to 256 sequences, and one for more
+            for size in sorted({min(count, 256), count}):
+                self._run(_warm_up_step([1] * size, decode=True)._replace(shares=True))
         if self.uses_graphs:
             before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -475,7 +527,9 @@ class ModelRunner:
             peak = torch.cuda.max_memory_allocated(self.device) - before
             # Only one graph runs at a time, so they share the largest one's memory; each has its own description.
             graphs = 2 * len(graph_sizes(count)) + MAX_CHUNK_GRAPHS
-            graphs *= (1 + bool(self.config.lora_adapters)) * (1 + self.config.shared_prefix_attention)
+            if self.can_share:
+                graphs += 2 * len(sparse_graph_sizes(count)) + MAX_CHUNK_GRAPHS
+            graphs *= 1 + bool(self.config.lora_adapters)
             graph_bytes = peak * 5 // 4 + graphs * len(self.attention_layers) * GRAPH_LAYER_BYTES
             # Of masked sampling, whose graphs are no larger than a layer's part of another.
             graph_bytes += len(graph_sizes(count)) * GRAPH_LAYER_BYTES

@@ -1,9 +1,9 @@
-"""A mixture of experts in five launches: route, sort by expert, two grouped products, weighted sum. Called by `layers.moe`.
+"""A mixture of experts: route, group by expert, two grouped products, weighted sum. Called by `layers.moe`.
 
 Every launch has a size that follows from the number of tokens alone, and nothing travels to the host, so a CUDA graph can hold
-them. The pairs of a token and one of its experts are sorted by expert on the device; a tile of a grouped product is some pairs
-of one expert, so each weight is read once as long as an expert's pairs fit into a tile (grouped GEMM, as in MegaBlocks, Gale et
-al. 2022). Shapes: T tokens, H hidden size, E experts of this rank, K experts a token, I their size on this rank.
+them. The pairs of a token and one of its experts are brought together by expert (`kernels.grouping`); a tile of a grouped product is
+some pairs of one expert, so each weight is read once as long as an expert's pairs fit into a tile. Where there are few pairs, each is
+a tile. Shapes: T tokens, H hidden size, E experts of this rank, K experts a token, I their size on this rank.
 """
 
 from __future__ import annotations
@@ -14,37 +14,60 @@ import torch
 from torch.nn import functional as F
 
 from nanovllm.kernels.activation import silu_and_mul_torch
-from nanovllm.kernels.triton_compat import tl, triton
+from nanovllm.kernels.grouping import group_rows
+from nanovllm.kernels.quantize import quantize_rows, quantize_rows_torch
+from nanovllm.kernels.scaled_linear import GROUP, scaled_linear_torch
+from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
-# Pairs that a program of the sort reads at a time.
-SORT_BLOCK = 1024
+# The last tile of an expert with no more pairs is computed as one of so many.
+TAIL_M = 64
+# Bytes of each row of the second product's weight that are asked for while the first one ends.
+PREFETCH_BYTES = 1024
 
 
-class MoeTiles(NamedTuple):
-    """How the grouped products are cut: [block_m, block_n] of the output from block_k at a time."""
+class ExpertScales(NamedTuple):
+    """Of weights that have 8 bits: [G, E, 2 * I] and [G, E, H] float32, G being 1 or a scale for each 128 columns."""
 
-    block_m: int
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+class ProductTiles(NamedTuple):
+    """How a grouped product is cut: block_n columns of the output (gated: of gate and of up) from block_k at a time."""
+
     block_n: int
     block_k: int
     stages: int
     warps: int
 
 
-def moe_tiles(pairs: int, num_experts: int) -> MoeTiles:
-    """Tiles for `pairs` pairs over `num_experts` experts: the smallest that most experts' pairs fit into."""
+class MoeTiles(NamedTuple):
+    """Pairs of a tile, the two products' columns, and tiles that take their columns in turns (1: each all of its own first)."""
+
+    block_m: int
+    gate_up: ProductTiles
+    down: ProductTiles
+    turns: int = 1
+
+
+def moe_tiles(pairs: int, num_experts: int, *, grouped: bool = True) -> MoeTiles:
+    """Tiles for `pairs` pairs over `num_experts` experts, from what was fastest on an H200 (bench/NOTES.md).
+
+    A tile that twice the mean number of an expert's pairs fit into reads nearly all weights once.
+    """
     each = pairs / num_experts
-    if each <= 16:
-        return MoeTiles(16, 64, 128, 4, 4)
-    if each <= 32:
-        return MoeTiles(32, 64, 128, 4, 4)
-    if each <= 64:
-        return MoeTiles(64, 64, 64, 4, 4)
-    return MoeTiles(128, 128, 64, 3, 8)
+    if not grouped:
+        return MoeTiles(16, ProductTiles(32, 128, 4, 4), ProductTiles(64, 64, 6, 4))
+    if each <= 8:
+        return MoeTiles(16, ProductTiles(32, 128, 4, 2), ProductTiles(32, 128, 4, 2))
+    if each <= 24:
+        return MoeTiles(32, ProductTiles(64, 128, 3, 4), ProductTiles(64, 128, 3, 4))
+    return MoeTiles(128, ProductTiles(128, 64, 4, 8), ProductTiles(256, 64, 3, 8), turns=1 if each <= 128 else 8)
 
 
-def most_tiles(pairs: int, num_experts: int, block_m: int) -> int:
-    """Most tiles of `block_m` pairs of one expert each."""
-    return pairs // block_m + min(pairs, num_experts)
+def groups_pairs(pairs: int, top_k: int, num_experts: int) -> bool:
+    """Whether so many pairs are worth grouping: a token's experts differ, and few tokens seldom share one."""
+    return pairs > max(top_k, num_experts // 8)
 
 
 def route_torch(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,6 +87,7 @@ def route(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tens
     assert logits.stride(1) == 1
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
+    pdl = use_pdl(logits)
     _route_kernel[(tokens,)](
         logits,
         ids,
@@ -74,6 +98,8 @@ def route(logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tens
         NORMALIZE=normalize,
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_K=triton.next_power_of_2(top_k),
+        PDL=pdl,
+        launch_pdl=pdl,
         num_warps=1,
     )
     return ids, weights
@@ -90,7 +116,11 @@ def _route_kernel(
     NORMALIZE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_E)
     inside = expert < experts
@@ -101,9 +131,9 @@ def _route_kernel(
     ids = tl.zeros((BLOCK_K,), tl.int32)
     weights = tl.zeros((BLOCK_K,), tl.float32)
     for k in tl.static_range(TOP_K):
-        best = tl.argmax(probs, axis=0)
+        most, best = tl.max(probs, axis=0, return_indices=True)
         ids = tl.where(place == k, best.to(tl.int32), ids)
-        weights = tl.where(place == k, tl.max(probs, axis=0), weights)
+        weights = tl.where(place == k, most, weights)
         probs = tl.where(expert == best, -1.0, probs)
     if NORMALIZE:
         weights = weights / tl.sum(weights, axis=0)
@@ -119,6 +149,7 @@ def fused_experts_torch(
     weights: torch.Tensor,
     first_expert: int = 0,
     out: torch.Tensor | None = None,
+    scales: ExpertScales | None = None,
 ) -> torch.Tensor:
     """Each token's SwiGLU experts, weighted and added up in float32.
 
@@ -127,16 +158,26 @@ def fused_experts_torch(
         gate_up: [E, 2 * I, H], an expert's gate above its up projection; down: [E, H, I].
         first_expert: id of the first expert that is here; those that are not add nothing.
         out: [T, H], written; None: a fresh tensor.
+        scales: of weights in 8 bits, with which activations are made 8 bits too.
 
     Returns:
         `out`.
     """
+
+    def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        if scale is None:
+            return F.linear(x, weight)
+        numbers, x_scale = quantize_rows_torch(x, weight.dtype, _columns_of(scale))
+        return scaled_linear_torch(numbers, x_scale, weight, scale, x.dtype)
+
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     local = ids - first_expert
     for expert in range(len(gate_up)):
         token, place = torch.where(local == expert)
         if len(token):
-            y = F.linear(silu_and_mul_torch(F.linear(x[token], gate_up[expert])), down[expert])
+            first, second = (None, None) if scales is None else (scale[:, expert] for scale in scales)
+            inner = silu_and_mul_torch(product(x[token], gate_up[expert], first))
+            y = product(inner, down[expert], second)
             total.index_add_(0, token, y.float() * weights[token, place, None])
     return total.to(x.dtype) if out is None else out.copy_(total)
 
@@ -150,160 +191,220 @@ def fused_experts(
     first_expert: int = 0,
     out: torch.Tensor | None = None,
     tiles: MoeTiles | None = None,
+    scales: ExpertScales | None = None,
 ) -> torch.Tensor:
     """See `fused_experts_torch`."""
     (tokens, hidden), (experts, _, size), top_k = x.shape, down.shape, ids.shape[1]
     pairs = tokens * top_k
     assert x.stride(1) == 1 and gate_up.is_contiguous() and down.is_contiguous() and ids.is_contiguous()
-    tiles = tiles or moe_tiles(pairs, experts)
-    order, plan = sort_by_expert(ids, experts, first_expert, tiles.block_m)
+    grouped = groups_pairs(pairs, top_k, experts)
+    tiles = tiles or moe_tiles(pairs, experts, grouped=grouped)
+    order, plan = ids, None
+    if grouped:
+        order, plan = group_rows(ids, experts, first_expert, tiles.block_m)
     inner = torch.empty(pairs, size, dtype=x.dtype, device=x.device)
     outer = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
     out = torch.empty_like(x) if out is None else out
-    _grouped_linear(x, gate_up, inner, order, plan, tiles, top_k, gated=True)
-    _grouped_linear(inner, down, outer, order, plan, tiles, top_k, gated=False)
+    for rows, weight, result, gated in ((x, gate_up, inner, True), (inner, down, outer, False)):
+        scaled = None
+        if scales is not None:
+            scale = scales.gate_up if gated else scales.down
+            rows, row_scale = quantize_rows(rows, weight.dtype, _columns_of(scale))
+            scaled = row_scale, scale
+        grouped_linear(rows, weight, result, order, plan, first_expert, top_k, tiles, scaled, gated=gated)
+    pdl = use_pdl(x)
     _weighted_sum_kernel[(tokens, triton.cdiv(hidden, 1024))](
-        outer, ids, weights, out, hidden, out.stride(0), first_expert, experts, TOP_K=top_k, BLOCK=1024, num_warps=4
+        outer,
+        ids,
+        weights,
+        out,
+        hidden,
+        out.stride(0),
+        first_expert,
+        experts,
+        TOP_K=top_k,
+        BLOCK=1024,
+        PDL=pdl,
+        launch_pdl=pdl,
+        num_warps=4,
     )
     return out
 
 
-def sort_by_expert(
-    ids: torch.Tensor, num_experts: int, first_expert: int, block_m: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs in the order of their experts, and the tiles they make.
-
-    Args:
-        ids: [T, K] int32; those outside `first_expert` to `first_expert + num_experts` are left out.
-
-    Returns:
-        order: [T * K] int32 pairs (token * K + place), as many as are not left out; what follows is not written.
-        plan: [most_tiles, 4] int32: expert (counted from the first, -1 for no tile), first place in `order` and end; the last is
-            not used.
-    """
-    pairs = ids.numel()
-    count = most_tiles(pairs, num_experts, block_m)
-    order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
-    plan = torch.empty(count, 4, dtype=torch.int32, device=ids.device)
-    # A program an expert, and one for the tiles that are none: each counts for itself, so none waits for another.
-    _sort_kernel[(num_experts + 1,)](
-        ids,
-        order,
-        plan,
-        pairs,
-        first_expert,
-        count,
-        NUM_EXPERTS=num_experts,
-        BLOCK_M=block_m,
-        BLOCK_E=triton.next_power_of_2(num_experts + 1),
-        BLOCK=SORT_BLOCK,
-        num_warps=4,
-    )
-    return order, plan
+def _columns_of(scale: torch.Tensor) -> int:
+    """Columns that share a scale, 0 for all."""
+    return GROUP if len(scale) > 1 else 0
 
 
-@triton.jit(do_not_specialize=["pairs", "first_expert", "count"])
-def _sort_kernel(
-    ids,
-    order,
-    plan,
-    pairs,
-    first_expert,
-    count,
-    NUM_EXPERTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    mine = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    counts = tl.zeros((BLOCK_E,), tl.int32)
-    for base in range(0, pairs, BLOCK):
-        expert = _local_expert(ids, base + lane, pairs, first_expert, NUM_EXPERTS)
-        counts += tl.histogram(expert, BLOCK_E)
-    index = tl.arange(0, BLOCK_E)
-    tiles = (counts + BLOCK_M - 1) // BLOCK_M
-    first = tl.sum(tl.where(index < mine, counts, 0), axis=0)
-    first_tile = tl.sum(tl.where(index < mine, tiles, 0), axis=0)
-    if mine == NUM_EXPERTS:
-        for base in range(0, count - first_tile, BLOCK):
-            tile = first_tile + base + lane
-            tl.store(plan + tile * 4, tl.full((BLOCK,), -1, tl.int32), mask=tile < count)
-    else:
-        end = first + tl.sum(tl.where(index == mine, counts, 0), axis=0)
-        for base in range(0, tl.sum(tl.where(index == mine, tiles, 0), axis=0), BLOCK):
-            start = first + (base + lane) * BLOCK_M
-            at = plan + (first_tile + base + lane) * 4
-            tl.store(at, tl.zeros((BLOCK,), tl.int32) + mine, mask=start < end)
-            tl.store(at + 1, start, mask=start < end)
-            tl.store(at + 2, tl.minimum(start + BLOCK_M, end), mask=start < end)
-        done = first
-        for base in range(0, pairs, BLOCK):
-            here = _local_expert(ids, base + lane, pairs, first_expert, NUM_EXPERTS) == mine
-            place = done + tl.cumsum(here.to(tl.int32), axis=0) - 1
-            tl.store(order + place, base + lane, mask=here)
-            done += tl.sum(here.to(tl.int32), axis=0)
-
-
-@triton.jit
-def _local_expert(ids, pair, pairs, first_expert, NUM_EXPERTS: tl.constexpr):
-    """The experts of `pair`, counted from this rank's first; `NUM_EXPERTS` for those of other ranks and past the end."""
-    expert = tl.load(ids + pair, mask=pair < pairs, other=-1)
-    local = expert - first_expert
-    return tl.where((expert >= 0) & (local >= 0) & (local < NUM_EXPERTS), local, NUM_EXPERTS)
-
-
-def _grouped_linear(
+def grouped_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     out: torch.Tensor,
     order: torch.Tensor,
-    plan: torch.Tensor,
-    tiles: MoeTiles,
+    plan: torch.Tensor | None,
+    first_expert: int,
     top_k: int,
+    tiles: MoeTiles,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     gated: bool,
 ) -> None:
     """A product for every pair with its expert's weight.
 
-    gated: `x` [T, H] a row a token, `out` [T * K, I] in the order of experts, silu(gate) * up; else: `x` in the order of
-    experts, `out` [T * K, H] in the order of pairs.
+    Args:
+        scales: of the rows of `x` [G, rows] and of `weight` [G, E, N], where both are 8-bit numbers.
+        order, plan: of `group_rows`; without a plan `order` is the pairs' experts, and each pair is a tile.
+        gated: `x` [T, H] a row a token, `out` [T * K, I] in the order of tiles, silu(gate) * up; else: `x` in the order of
+            tiles, `out` [T * K, H] in the order of pairs. The second product follows the first at once.
     """
     n, k = out.shape[1], x.shape[1]
-    block_k = min(tiles.block_k, max(16, triton.next_power_of_2(k)))
-    _grouped_linear_kernel[(triton.cdiv(n, tiles.block_n), len(plan))](
+    block_n, block_k, stages, warps = tiles.gate_up if gated else tiles.down
+    block_k = min(block_k, max(16, triton.next_power_of_2(k)))
+    x_scale, scale = (None, None) if scales is None else scales
+    apart = scale is not None and len(scale) > 1
+    if scale is not None:
+        assert scale.is_contiguous() and k % GROUP == 0
+        block_k = GROUP
+    count = len(out) if plan is None else len(plan)
+    pdl = use_pdl(x)
+    _grouped_linear_kernel[(triton.cdiv(n, block_n) * count,)](
         x,
         weight,
         out,
+        x_scale,
+        scale,
         order,
         plan,
+        first_expert,
+        len(weight),
+        count,
         n,
         k,
         x.stride(0),
+        len(x),
         GATED=gated,
+        APART=apart,
+        GROUPED=plan is not None,
         TOP_K=top_k,
         BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
+        TAIL_M=min(tiles.block_m, TAIL_M),
+        BLOCK_N=block_n,
         BLOCK_K=block_k,
-        EVEN_N=n % tiles.block_n == 0,
+        EVEN_N=n % block_n == 0,
         EVEN_K=k % block_k == 0,
-        STAGES=tiles.stages,
+        TURNS=tiles.turns,
+        STAGES=stages,
+        PREFETCH=min(k * x.dtype.itemsize, PREFETCH_BYTES) // 128,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=tiles.warps,
+        PDL=pdl,
+        launch_pdl=pdl,
+        num_warps=warps,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert", "num_experts", "num_tiles", "x_rows"])
 def _grouped_linear_kernel(
     x_ptr,
     weight_ptr,
     out_ptr,
+    x_scale_ptr,
+    scale_ptr,
     order,
     plan,
+    first_expert,
+    num_experts,
+    num_tiles,
     n_size,
     k_size,
     stride_x,
+    x_rows,
     GATED: tl.constexpr,
+    APART: tl.constexpr,
+    GROUPED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TURNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # Tiles of an expert follow each other, so TURNS of them read the same columns of its weight at about the same time.
+    across = (n_size + BLOCK_N - 1) // BLOCK_N
+    turn = tl.program_id(0) // (across * TURNS) * TURNS
+    tiles = tl.minimum(num_tiles - turn, TURNS)
+    within = tl.program_id(0) % (across * TURNS)
+    index = turn + within % tiles
+    column = within // tiles * BLOCK_N
+    if PDL and GATED:
+        # What says which pairs are whose was made just before.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if GROUPED:
+        expert = tl.load(plan + index * 4)
+        first, end = tl.load(plan + index * 4 + 1), tl.load(plan + index * 4 + 2)
+    else:
+        expert = tl.load(order + index) - first_expert
+        expert = tl.where(expert < num_experts, expert, -1)
+        first, end = index, index + 1
+    weight_rows = n_size * (2 if GATED else 1)
+    weight_ptr += tl.maximum(expert, 0).to(tl.int64) * weight_rows * k_size
+    if scale_ptr is not None:
+        scale_ptr += tl.maximum(expert, 0) * weight_rows
+    if PDL and not GATED:
+        # All but the rows is there while the product before ends.
+        lines = tl.arange(0, PREFETCH) * (128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
+        rows = tl.minimum(column + tl.arange(0, BLOCK_N), n_size - 1)
+        _prefetch(weight_ptr + rows.to(tl.int64)[:, None] * k_size + lines[None, :])
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if expert < 0:
+        return
+    if TAIL_M < BLOCK_M:  # noqa: SIM102 - one is known to the compiler, the other is not
+        if end - first <= TAIL_M:
+            _product_tile(
+                x_ptr, weight_ptr, out_ptr, x_scale_ptr, scale_ptr, order, first, end, column, n_size, k_size, stride_x,
+                x_rows, num_experts * weight_rows, APART, GATED, GROUPED, TOP_K, TAIL_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, STAGES, PRECISION,
+            )  # fmt: skip
+            return
+    _product_tile(
+        x_ptr, weight_ptr, out_ptr, x_scale_ptr, scale_ptr, order, first, end, column, n_size, k_size, stride_x,
+        x_rows, num_experts * weight_rows, APART, GATED, GROUPED, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, STAGES, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def _prefetch(pointers):
+    """Have the lines of memory at `pointers` brought to the L2 cache, and do not wait."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _product_tile(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    x_scale_ptr,
+    scale_ptr,
+    order,
+    first,
+    end,
+    column,
+    n_size,
+    k_size,
+    stride_x,
+    x_rows,
+    weight_rows,
+    APART: tl.constexpr,
+    GATED: tl.constexpr,
+    GROUPED: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -313,30 +414,31 @@ def _grouped_linear_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # An expert's tiles run one after the other, each with all its columns: its weight stays in the L2 cache, and so do the rows.
-    tile = plan + tl.program_id(1) * 4
-    expert = tl.load(tile)
-    if expert < 0:
-        return
-    m = tl.load(tile + 1) + tl.arange(0, BLOCK_M)
-    inside = m < tl.load(tile + 2)
-    pair = tl.load(order + m, mask=inside, other=0)
+    """Columns from `column` on of the product of the rows at places `first` to `end` with an expert's weight."""
+    m = first + tl.arange(0, BLOCK_M)
+    inside = m < end
+    if GROUPED:
+        pair = tl.load(order + m, mask=inside, other=0)
+    else:
+        pair = m
     if GATED:
         x_row, out_row = pair // TOP_K, m
     else:
         x_row, out_row = m, pair
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    # Gated, rows of gate and up take turns, so that one product makes both of a column where one thread has them.
+    COLUMNS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    n_row = column + (tl.arange(0, COLUMNS) // 2 if GATED else tl.arange(0, COLUMNS))
     # Past the end the last row is read again, and not stored.
-    n_row = n if EVEN_N else tl.minimum(n, n_size - 1)
-    rows: tl.constexpr = 2 if GATED else 1
-    first_row = expert.to(tl.int64) * n_size * rows
-    x_tile = x_ptr + x_row.to(tl.int64)[:, None] * stride_x + k[None, :]
-    weight_tile = weight_ptr + (first_row + n_row)[None, :] * k_size + k[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if not EVEN_N:
+        n_row = tl.minimum(n_row, n_size - 1)
     if GATED:
-        up_tile = weight_tile + n_size.to(tl.int64) * k_size
-        up_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        n_row += tl.arange(0, COLUMNS) % 2 * n_size
+    x_tile = x_ptr + x_row.to(tl.int64)[:, None] * stride_x + k[None, :]
+    weight_tile = weight_ptr + n_row.to(tl.int64)[None, :] * k_size + k[:, None]
+    SUM: tl.constexpr = tl.int32 if x_ptr.dtype.element_ty == tl.int8 and not APART else tl.float32
+    acc = tl.zeros((BLOCK_M, COLUMNS), SUM)
     for start in tl.range(0, k_size, BLOCK_K, num_stages=STAGES):
         if EVEN_K:
             x = tl.load(x_tile, mask=inside[:, None], other=0.0)
@@ -345,24 +447,32 @@ def _grouped_linear_kernel(
             rest = k < k_size - start
             x = tl.load(x_tile, mask=inside[:, None] & rest[None, :], other=0.0)
             weight = tl.load(weight_tile, mask=rest[:, None], other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
-        if GATED:
-            if EVEN_K:
-                up = tl.load(up_tile)
-            else:
-                up = tl.load(up_tile, mask=rest[:, None], other=0.0)
-            up_acc = tl.dot(x, up, up_acc, input_precision=PRECISION)
-            up_tile += BLOCK_K
+        if APART:
+            group = start // BLOCK_K
+            x_scale = tl.load(x_scale_ptr + group * x_rows + x_row, mask=inside, other=0.0)
+            acc += _scaled_part(x, weight, x_scale, tl.load(scale_ptr + group.to(tl.int64) * weight_rows + n_row))
+        else:
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=SUM)
         x_tile += BLOCK_K
         weight_tile += BLOCK_K
     dtype = out_ptr.dtype.element_ty
+    if scale_ptr is not None and not APART:
+        x_scale = tl.load(x_scale_ptr + x_row, mask=inside, other=0.0)[:, None]
+        acc = acc.to(tl.float32) * x_scale * tl.load(scale_ptr + n_row)[None, :]
     if GATED:
         # Rounded where the product, silu and their product are in torch.
-        gate = acc.to(dtype).to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-        acc = silu * up_acc.to(dtype).to(tl.float32)
+        gate, up = tl.split(tl.reshape(acc.to(dtype), (BLOCK_M, BLOCK_N, 2)))
+        gate = gate.to(tl.float32)
+        acc = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up.to(tl.float32)
     out = out_ptr + out_row.to(tl.int64)[:, None] * n_size + n[None, :]
     tl.store(out, acc.to(dtype), mask=inside[:, None] & (n < n_size)[None, :])
+
+
+@triton.jit
+def _scaled_part(x, weight, x_scale, scale):
+    """A product of tiles [m, k] and [k, n] of 8-bit numbers with a scale for each of their rows and columns: [m, n] float32."""
+    SUM: tl.constexpr = tl.int32 if x.dtype == tl.int8 else tl.float32
+    return tl.dot(x, weight, out_dtype=SUM).to(tl.float32) * x_scale[:, None] * scale[None, :]
 
 
 @triton.jit
@@ -377,7 +487,11 @@ def _weighted_sum_kernel(
     num_experts,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -13,31 +13,54 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from nanovllm.kernels.fp8_cache import FP8, load_scales, scale_words, unpack_pairs
 from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 if TYPE_CHECKING:
     from nanovllm.kernels.shared_prefix import SharedBuffers
 
-# How deep the pipeline is that reads the tiles, and the warps of a program (bench/NOTES.md).
-NUM_STAGES = 6
-NUM_WARPS = 4
-# Programs a multiprocessor, and multiprocessors where there is no GPU to ask.
-PROGRAMS_PER_SM = 2
+# Multiprocessors where there is no GPU to ask.
 DEFAULT_SMS = 132
 # Joining partial results costs more than shorter parts gain.
 MIN_PART_TOKENS = 256
 # Values of partial results that a program joins at a time: half of it doubles what a single long sequence waits for its join.
 MERGE_VALUES = 8192
+# And of those over shared prefixes, which wait in registers while its own tokens are read.
+SHARED_VALUES = 2048
 # What a program loses between two sequences, in tiles.
 ITEM_TILES = 2
 
 
+class DecodeLaunch(NamedTuple):
+    """How the kernel is launched (bench/NOTES.md).
+
+    Attributes:
+        programs_per_sm: programs a multiprocessor.
+        num_stages: how deep the pipeline is that reads the tiles; num_warps: of a program.
+        max_registers: of a thread; None: as many as it takes, which leaves room for two programs.
+    """
+
+    programs_per_sm: int = 2
+    num_stages: int = 6
+    num_warps: int = 4
+    max_registers: int | None = None
+
+
+# Tiles of half the bytes take as long to compute: more programs work on them at a time.
+FP8_LAUNCH = DecodeLaunch(programs_per_sm=3, num_stages=8, max_registers=168)
+
+
+def decode_launch(dtype: torch.dtype) -> DecodeLaunch:
+    """The launch for a cache of `dtype`."""
+    return FP8_LAUNCH if dtype == FP8 else DecodeLaunch()
+
+
 def decode_tile(head_dim: int, dtype: torch.dtype) -> int:
-    """Tokens a program reads at a time: the keys of a tile and the values are 16 KiB each."""
+    """Tokens a program reads at a time: the keys of a tile and the values are 16 KiB each, or less."""
     return int(max(16, min(64, (1 << 14) // (triton.next_power_of_2(head_dim) * dtype.itemsize))))
 
 
-def decode_programs(num_kv_heads: int, device: torch.device, per_sm: int = PROGRAMS_PER_SM) -> int:
+def decode_programs(num_kv_heads: int, device: torch.device, per_sm: int) -> int:
     """Programs a KV head."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else DEFAULT_SMS
     return -(-sms * per_sm // num_kv_heads)
@@ -49,7 +72,8 @@ class DecodeBuffers(NamedTuple):
     Attributes:
         starts: [P + 1] int32: the items of each program; the heads' programs are alike.
         items: [I, 8] int32: sequence, row of the block tables, first token, end, the sequence's first item and how many it has;
-            with a window the first token that is seen; the last is not used.
+            with a window the first token that is seen; where prefixes are shared, the first partial result over the sequence's, and how
+            many its first item joins.
         partial_out: [I, Hq, D] float32; partial_lse: [I, Hq] float32, base 2: results of items of split sequences.
         arrived: [B, Hkv] how many items of a sequence are done; 0 between launches.
     """
@@ -107,8 +131,7 @@ def plan_decode(
         context_lens,
         buffers.starts,
         buffers.items,
-        slots if shared is None else shared.skipped,
-        slots if shared is None else shared.rows,
+        *((slots,) * 4 if shared is None else (shared.skipped, shared.entries, shared.counts, shared.rows)),
         batch,
         programs,
         TILE=tile,
@@ -122,13 +145,18 @@ def plan_decode(
     )
 
 
-@triton.jit(do_not_specialize=["batch", "programs"], do_not_specialize_on_alignment=["slots", "skipped", "row_of"])
+@triton.jit(
+    do_not_specialize=["batch", "programs"],
+    do_not_specialize_on_alignment=["slots", "skipped", "entries", "entry_counts", "row_of"],
+)
 def _plan_kernel(
     slots,
     context_lens,
     starts,
     items,
     skipped,
+    entries,
+    entry_counts,
     row_of,
     batch,
     programs,
@@ -146,6 +174,8 @@ def _plan_kernel(
     slot = tl.load(slots + rows, mask=live, other=0).to(tl.int32)
     if SHARED:
         skip = tl.load(skipped + slot, mask=live, other=0)
+        entry = tl.load(entries + slot, mask=live, other=0)
+        entry_count = tl.load(entry_counts + slot, mask=live, other=0)
         tl.store(row_of + slot, rows, mask=live)
         tiles = (lens - skip + TILE - 1) // TILE
     else:
@@ -188,6 +218,9 @@ def _plan_kernel(
         tl.store(item + 5, count, mask=here)
         if WINDOW:
             tl.store(item + 6, seen, mask=here)
+        if SHARED:
+            tl.store(item + 6, entry, mask=here)
+            tl.store(item + 7, tl.where(j == 0, entry_count, 0), mask=here)
 
 
 def paged_decode(
@@ -201,12 +234,12 @@ def paged_decode(
     out: torch.Tensor,
     *,
     tile: int,
-    num_stages: int = NUM_STAGES,
-    num_warps: int = NUM_WARPS,
+    launch: DecodeLaunch = DecodeLaunch(),  # noqa: B008 - a constant
     other_kernel_between: bool = False,
     window: int = 0,
     softcap: float = 0.0,
     shared: SharedBuffers | None = None,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Attend one query token a sequence over its whole context, planned by `plan_decode` with the same arguments.
 
@@ -214,10 +247,12 @@ def paged_decode(
         q: [B, Hq, D]; out: [B, Hq, D], written.
         k_cache, v_cache: [N, P, Hkv, D], any strides with the last dimension contiguous.
         block_tables: [R, W].
+        launch: `decode_launch` of the cache's type.
         other_kernel_between: another kernel was launched between the plan and this: its end is waited for only after the
             plan has been read.
         window: as planned; softcap: see `paged_attention.softcapped`, 0: none.
         shared: as planned; `attend_shared` has attended to those tokens.
+        scales: [N, Hkv, P, 2] of a cache in eight bits, see `fp8_cache`.
     """
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
@@ -225,6 +260,8 @@ def paged_decode(
     block_d, merge_g = triton.next_power_of_2(head_dim), triton.next_power_of_2(group)
     assert k_cache.stride() == v_cache.stride() and q.is_contiguous() and out.is_contiguous()
     pdl = other_kernel_between and use_pdl(q)
+    if scales is not None:
+        k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
     # Heads vary fastest, so programs that run together read neighbouring parts of the same tokens.
     _decode_kernel[(num_kv_heads, programs)](
         q,
@@ -233,7 +270,8 @@ def paged_decode(
         out,
         block_tables,
         *buffers,
-        *((q,) * 4 if shared is None else (shared.entries, shared.counts, shared.out, shared.lse)),
+        *((q, q) if shared is None else (shared.out, shared.lse)),
+        scale_words(scales),
         scale * 1.4426950408889634,
         block_tables.stride(0),
         *k_cache.stride()[:3],
@@ -246,14 +284,17 @@ def paged_decode(
         TILE=tile,
         MERGE_G=merge_g,
         MERGE_J=max(2, MERGE_VALUES // (merge_g * block_d)),
-        STAGES=num_stages,
+        SHARED_J=max(1, SHARED_VALUES // (merge_g * block_d)),
+        STAGES=launch.num_stages,
         WINDOWED=window > 0,
         SHARED=shared is not None,
         SOFTCAP=softcap * 1.4426950408889634,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        ASM=q.is_cuda,
         PDL=pdl,
         launch_pdl=pdl,
-        num_warps=num_warps,
+        num_warps=launch.num_warps,
+        maxnreg=launch.max_registers,
     )
 
 
@@ -269,10 +310,9 @@ def _decode_kernel(
     partial_out,
     partial_lse,
     arrived,
-    entries,
-    entry_counts,
     shared_out,
     shared_lse,
+    scales,
     scale_log2,
     stride_table,
     stride_block,
@@ -287,40 +327,65 @@ def _decode_kernel(
     TILE: tl.constexpr,
     MERGE_G: tl.constexpr,
     MERGE_J: tl.constexpr,
+    SHARED_J: tl.constexpr,
     STAGES: tl.constexpr,
     WINDOWED: tl.constexpr,
     SHARED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    # Eight-bit values come in words of two neighbours: those of even and of odd dimensions have a product each.
+    FP8: tl.constexpr = scales is not None
+    PACK: tl.constexpr = 2 if FP8 else 1
+    OPERAND: tl.constexpr = tl.float32 if q_ptr.dtype.element_ty == tl.float32 else tl.float16
     head = tl.program_id(0)
     program = tl.program_id(1)
     first_item = tl.load(starts + program)
     last_item = tl.load(starts + program + 1)
     group = tl.arange(0, BLOCK_G)
     dim = tl.arange(0, BLOCK_D)
+    word = tl.arange(0, BLOCK_D // PACK)
     heads = head * GROUP + group
     out_mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
     out_offsets = heads[:, None] * HEAD_DIM + dim[None, :]
+    q_mask = (group < GROUP)[:, None] & (word < HEAD_DIM // PACK)[None, :]
+    q_offsets = heads[:, None] * HEAD_DIM + word[None, :] * PACK
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     ROW: tl.constexpr = NUM_HEADS * HEAD_DIM
+    # Partial results are joined without the rows that fill up `group`.
+    part_head = tl.arange(0, MERGE_G)
+    part_mask = (part_head < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    part_offsets = (head * GROUP + part_head)[:, None] * HEAD_DIM + dim[None, :]
     if PDL:
         tl.extra.cuda.gdc_wait()
     if first_item == last_item:
         return
     row, slot, start, end, first, count = _load_item(items, first_item)
-    q = tl.load(q_ptr + row.to(tl.int64) * ROW + out_offsets, mask=out_mask, other=0.0)
+    q = tl.load(q_ptr + row.to(tl.int64) * ROW + q_offsets, mask=q_mask, other=0.0)
+    if FP8:
+        q = (q.to(tl.float32) * scale_log2).to(OPERAND)
+        q_odd = tl.load(q_ptr + row.to(tl.int64) * ROW + q_offsets + 1, mask=q_mask, other=0.0)
+        q_odd = (q_odd.to(tl.float32) * scale_log2).to(OPERAND)
     for item in range(first_item, last_item):
         # The next item is on its way while this one is computed.
         next_item = tl.minimum(item + 1, last_item - 1)
         next_row, next_slot, next_start, next_end, next_first, next_count = _load_item(items, next_item)
         table = block_tables + slot.to(tl.int64) * stride_table
         best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_G,), tl.float32)
-        acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+        # Added up over the tokens of a tile at the end: a sum over warps in every tile would stop them all.
+        totals = tl.zeros((BLOCK_G, TILE), tl.float32)
+        acc = tl.zeros((BLOCK_G, BLOCK_D // PACK), tl.float32)
+        if FP8:
+            acc_odd = tl.zeros((BLOCK_G, BLOCK_D // 2), tl.float32)
         if WINDOWED:
             seen = tl.load(items + item * 8 + 6)
+        if SHARED:  # on their way while the sequence's own tokens are read
+            entry, entry_count = tl.load(items + item * 8 + 6), tl.load(items + item * 8 + 7)
+            shared_lses, shared_parts = _load_results(
+                shared_out, shared_lse, entry, entry_count, head, GROUP, HEAD_DIM, BLOCK_D, NUM_HEADS, MERGE_G, SHARED_J
+            )
         # Counted from 0: Triton 3.6 takes a carried value that is only a loop's lower bound for dead.
         for i in tl.range(0, (end - start + TILE - 1) // TILE, num_stages=STAGES):
             n = start + i * TILE
@@ -334,37 +399,78 @@ def _decode_kernel(
             else:
                 block = tl.load(table + tokens // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
                 token_offsets = block * stride_block + (tokens % BLOCK_SIZE).to(tl.int64) * stride_token
-            offsets = token_offsets[:, None] + head * stride_head + dim[None, :]
-            mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
-            k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            offsets = token_offsets[:, None] + head * stride_head + word[None, :]
+            mask = inside[:, None] & (word < HEAD_DIM // PACK)[None, :]
+            k = tl.load(k_ptr + offsets, mask=mask, other=0)
+            if FP8:
+                k_scale, v_exponent, v_inverse = load_scales(
+                    scales, block, head, tokens % BLOCK_SIZE, inside, NUM_KV_HEADS, BLOCK_SIZE
+                )
+                k, k_odd = unpack_pairs(k, ASM)
+                scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision=PRECISION)
+                scores = tl.dot(q_odd, tl.trans(k_odd.to(OPERAND)), scores, input_precision=PRECISION)
+                scores = scores * k_scale[None, :]
+            else:
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
             if SOFTCAP > 0:
                 scores = softcap_scores(scores, SOFTCAP)
+            if FP8:
+                scores += v_exponent[None, :]
             scores = tl.where(inside[None, :], scores, float("-inf"))
             new_best = tl.maximum(best, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_best[:, None])
             rescale = tl.exp2(best - new_best)
-            total = total * rescale + tl.sum(weights, axis=1)
-            v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
-            acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+            v = tl.load(v_ptr + offsets, mask=mask, other=0)
+            if FP8:
+                totals = totals * rescale[:, None] + weights * v_inverse[None, :]
+                v, v_odd = unpack_pairs(v, ASM)
+                weights = weights.to(OPERAND)
+                acc = acc * rescale[:, None] + tl.dot(weights, v.to(OPERAND), input_precision=PRECISION)
+                acc_odd = acc_odd * rescale[:, None] + tl.dot(weights, v_odd.to(OPERAND), input_precision=PRECISION)
+            else:
+                totals = totals * rescale[:, None] + weights
+                acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
             best = new_best
 
-        q = tl.load(q_ptr + next_row.to(tl.int64) * ROW + out_offsets, mask=out_mask, other=0.0)
+        total = tl.sum(totals, axis=1)
+        q = tl.load(q_ptr + next_row.to(tl.int64) * ROW + q_offsets, mask=q_mask, other=0.0)
+        if FP8:
+            q = (q.to(tl.float32) * scale_log2).to(OPERAND)
+            q_odd = tl.load(q_ptr + next_row.to(tl.int64) * ROW + q_offsets + 1, mask=q_mask, other=0.0)
+            q_odd = (q_odd.to(tl.float32) * scale_log2).to(OPERAND)
+            acc = tl.reshape(tl.join(acc, acc_odd), (BLOCK_G, BLOCK_D))
         if SHARED:
-            entry, entry_end = 0, 0
-            if count == 1:
-                entry = tl.load(entries + slot)
-                entry_end = entry + tl.load(entry_counts + slot)
-            for result in range(entry, entry_end):
-                place = tl.cast(result, tl.int64) * NUM_HEADS + heads
-                lse = tl.load(shared_lse + place, mask=group < GROUP, other=0.0)
-                part = tl.load(shared_out + place[:, None] * HEAD_DIM + dim[None, :], mask=out_mask, other=0.0)
-                new_best = tl.maximum(best, lse)
-                weight = tl.exp2(lse - new_best)
-                rescale = tl.exp2(best - new_best)
-                total = total * rescale + weight
-                acc = acc * rescale[:, None] + part * weight[:, None]
-                best = new_best
+            shared_best, shared_total, shared_acc = _join_results(
+                tl.full((MERGE_G,), -1e38, tl.float32),
+                tl.zeros((MERGE_G,), tl.float32),
+                tl.zeros((MERGE_G, BLOCK_D), tl.float32),
+                shared_lses,
+                shared_parts,
+            )
+            for base in range(SHARED_J, entry_count, SHARED_J):
+                shared_lses, shared_parts = _load_results(
+                    shared_out,
+                    shared_lse,
+                    entry + base,
+                    entry_count - base,
+                    head,
+                    GROUP,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    NUM_HEADS,
+                    MERGE_G,
+                    SHARED_J,
+                )
+                shared_best, shared_total, shared_acc = _join_results(
+                    shared_best, shared_total, shared_acc, shared_lses, shared_parts
+                )
+            shared_best = _repeat_rows(shared_best[:, None], BLOCK_G // MERGE_G).reshape(BLOCK_G)
+            shared_total = _repeat_rows(shared_total[:, None], BLOCK_G // MERGE_G).reshape(BLOCK_G)
+            new_best = tl.maximum(best, shared_best)
+            rescale, weight = tl.exp2(best - new_best), tl.exp2(shared_best - new_best)
+            total = total * rescale + shared_total * weight
+            acc = acc * rescale[:, None] + _repeat_rows(shared_acc, BLOCK_G // MERGE_G) * weight[:, None]
+            best = new_best
         acc = acc / tl.where(total == 0, 1.0, total)[:, None]
         row_offset = row.to(tl.int64) * ROW
         if count == 1:
@@ -379,54 +485,28 @@ def _decode_kernel(
             before = tl.atomic_add(counter, 1, sem="acq_rel")
             if before == count - 1:
                 tl.debug_barrier()
-                # Every partial result of these heads, [MERGE_J, MERGE_G, D] at a time, so that few loads follow one another.
-                part_index = tl.arange(0, MERGE_J)
-                part_head = head * GROUP + tl.arange(0, MERGE_G)
-                head_mask = tl.arange(0, MERGE_G) < GROUP
+                # Every partial result of these heads, `MERGE_J` at a time, so that few loads follow one another.
                 # Finite: items without tokens have -inf, and may come first or, of padding, be all there are.
                 best_of = tl.full((MERGE_G,), -1e38, tl.float32)
                 total_of = tl.zeros((MERGE_G,), tl.float32)
-                merged = tl.zeros((MERGE_G, BLOCK_D), tl.float32)
+                joined = tl.zeros((MERGE_G, BLOCK_D), tl.float32)
                 for base in range(0, count, MERGE_J):
-                    mask = (base + part_index < count)[:, None] & head_mask[None, :]
-                    index = (first + base + part_index).to(tl.int64)
-                    at = index[:, None] * NUM_HEADS + part_head[None, :]
-                    # .cg: the other programs' writes are in the L2 cache, this one's L1 may hold older lines.
-                    lses = tl.load(partial_lse + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
-                    parts = tl.load(
-                        partial_out + at[:, :, None] * HEAD_DIM + dim[None, None, :],
-                        mask=mask[:, :, None] & (dim < HEAD_DIM)[None, None, :],
-                        other=0.0,
-                        cache_modifier=".cg",
+                    lses, parts = _load_results(
+                        partial_out,
+                        partial_lse,
+                        first + base,
+                        count - base,
+                        head,
+                        GROUP,
+                        HEAD_DIM,
+                        BLOCK_D,
+                        NUM_HEADS,
+                        MERGE_G,
+                        MERGE_J,
                     )
-                    new_best_of = tl.maximum(best_of, tl.max(lses, axis=0))
-                    weights_of = tl.exp2(lses - new_best_of[None, :])
-                    rescale_of = tl.exp2(best_of - new_best_of)
-                    merged = merged * rescale_of[:, None] + tl.sum(parts * weights_of[:, :, None], axis=0)
-                    total_of = total_of * rescale_of + tl.sum(weights_of, axis=0)
-                    best_of = new_best_of
-                if SHARED:
-                    entry_of = tl.load(entries + slot)
-                    for result in range(entry_of, entry_of + tl.load(entry_counts + slot)):
-                        place = tl.cast(result, tl.int64) * NUM_HEADS + part_head
-                        lse_of = tl.load(shared_lse + place, mask=head_mask, other=0.0)
-                        part_of = tl.load(
-                            shared_out + place[:, None] * HEAD_DIM + dim[None, :],
-                            mask=head_mask[:, None] & (dim < HEAD_DIM)[None, :],
-                            other=0.0,
-                        )
-                        new_best_of = tl.maximum(best_of, lse_of)
-                        weight_of = tl.exp2(lse_of - new_best_of)
-                        rescale_of = tl.exp2(best_of - new_best_of)
-                        merged = merged * rescale_of[:, None] + part_of * weight_of[:, None]
-                        total_of = total_of * rescale_of + weight_of
-                        best_of = new_best_of
-                merged = merged / tl.where(total_of == 0, 1.0, total_of)[:, None]
-                tl.store(
-                    out_ptr + row_offset + part_head[:, None] * HEAD_DIM + dim[None, :],
-                    merged.to(out_ptr.dtype.element_ty),
-                    mask=head_mask[:, None] & (dim < HEAD_DIM)[None, :],
-                )
+                    best_of, total_of, joined = _join_results(best_of, total_of, joined, lses, parts)
+                joined = joined / tl.where(total_of == 0, 1.0, total_of)[:, None]
+                tl.store(out_ptr + row_offset + part_offsets, joined.to(out_ptr.dtype.element_ty), mask=part_mask)
                 tl.store(counter, 0)
         row, slot, start, end, first, count = next_row, next_slot, next_start, next_end, next_first, next_count
 
@@ -435,6 +515,52 @@ def _decode_kernel(
 def _load_item(items, item):
     at = items + item * 8
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
+
+
+@triton.jit
+def _load_results(
+    out_ptr,
+    lse_ptr,
+    first,
+    count,
+    head,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    MERGE_G: tl.constexpr,
+    J: tl.constexpr,
+):
+    """The first J of the `count` partial results from `first` on, of one KV head: lse [J, MERGE_G] and out [J, MERGE_G, BLOCK_D]."""
+    number, part_head, dim = tl.arange(0, J), tl.arange(0, MERGE_G), tl.arange(0, BLOCK_D)
+    mask = (number < count)[:, None] & (part_head < GROUP)[None, :]
+    at = (first + number).to(tl.int64)[:, None] * NUM_HEADS + (head * GROUP + part_head)[None, :]
+    # .cg: other programs' writes are in the L2 cache, this one's L1 may hold older lines.
+    lses = tl.load(lse_ptr + at, mask=mask, other=float("-inf"), cache_modifier=".cg")
+    parts = tl.load(
+        out_ptr + at[:, :, None] * HEAD_DIM + dim[None, None, :],
+        mask=mask[:, :, None] & (dim < HEAD_DIM)[None, None, :],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    return lses, parts
+
+
+@triton.jit
+def _join_results(best, total, joined, lses, parts):
+    """`best` [G], `total` [G] and `joined` [G, D] of more results: lses [J, G], parts [J, G, D]."""
+    new_best = tl.maximum(best, tl.max(lses, axis=0))
+    weights = tl.exp2(lses - new_best[None, :])
+    rescale = tl.exp2(best - new_best)
+    joined = joined * rescale[:, None] + tl.sum(parts * weights[:, :, None], axis=0)
+    return new_best, total * rescale + tl.sum(weights, axis=0), joined
+
+
+@triton.jit
+def _repeat_rows(x, times: tl.constexpr):
+    """`x` [G, D] so many times, one under the other."""
+    wide = tl.broadcast_to(x[None, :, :], (times, x.shape[0], x.shape[1]))
+    return tl.reshape(wide, (times * x.shape[0], x.shape[1]))
 
 
 @triton.jit

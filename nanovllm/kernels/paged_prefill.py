@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nanovllm.kernels.fp8_cache import load_scales, scale_words
 from nanovllm.kernels.paged_decode import softcap_scores
 from nanovllm.kernels.triton_compat import tl, triton
 
@@ -68,6 +69,7 @@ def paged_prefill(
     num_warps: int = NUM_WARPS,
     window: int = 0,
     softcap: float = 0.0,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Attend every token of the chunks in `tiles` to its context.
 
@@ -76,6 +78,7 @@ def paged_prefill(
         k_cache, v_cache: [N, P, Hkv, D], any strides with the last dimension contiguous; block_tables: [R, W].
         tiles: [tiles, 4] from `prefill_tiles` with the same `block_m`.
         window: tokens a query sees, its own among them, 0: all; softcap: see `paged_attention.softcapped`, 0: none.
+        scales: [N, Hkv, P, 2] of a cache in eight bits, see `fp8_cache`.
     """
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
@@ -87,6 +90,7 @@ def paged_prefill(
         out,
         block_tables,
         tiles,
+        scale_words(scales),
         scale * 1.4426950408889634,
         block_tables.stride(0),
         *k_cache.stride()[:3],
@@ -113,6 +117,7 @@ def _prefill_kernel(
     out_ptr,
     block_tables,
     tiles,
+    scales,
     scale_log2,
     stride_table,
     stride_block,
@@ -130,6 +135,9 @@ def _prefill_kernel(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    FP8: tl.constexpr = scales is not None
+    OPERAND: tl.constexpr = tl.float32 if q_ptr.dtype.element_ty == tl.float32 else tl.float16
+    NUM_KV_HEADS: tl.constexpr = NUM_HEADS // GROUP
     tile = tl.program_id(0)
     head = tl.program_id(1)
     slot = tl.load(tiles + tile * 4)
@@ -146,6 +154,8 @@ def _prefill_kernel(
     q_mask = (token < length)[:, None] & (dim < HEAD_DIM)[None, :]
     q_offsets = ((first_row + token).to(tl.int64) * NUM_HEADS + heads)[:, None] * HEAD_DIM + dim[None, :]
     q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
+    if FP8:
+        q = (q.to(tl.float32) * scale_log2).to(OPERAND)
 
     if WINDOW:  # finite: a query may see no key of the first ones read
         best = tl.full((BLOCK_M,), -1e38, tl.float32)
@@ -175,8 +185,20 @@ def _prefill_kernel(
             k = tl.load(k_ptr + offsets)
         else:
             k = tl.load(k_ptr + offsets, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+        if FP8:
+            k = k.to(OPERAND)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if SOFTCAP > 0:
+        if FP8:
+            k_scale, v_exponent, v_inverse = load_scales(
+                scales, block, head, tokens % BLOCK_SIZE, None, NUM_KV_HEADS, BLOCK_SIZE
+            )
+            scores = scores * k_scale[None, :]
+            if SOFTCAP > 0:
+                scores = softcap_scores(scores, SOFTCAP)
+            scores += v_exponent[None, :]
+            new_best = tl.maximum(best, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_best[:, None])
+        elif SOFTCAP > 0:
             scores = softcap_scores(scores * scale_log2, SOFTCAP)
             new_best = tl.maximum(best, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_best[:, None])
@@ -184,12 +206,17 @@ def _prefill_kernel(
             new_best = tl.maximum(best, tl.max(scores, axis=1) * scale_log2)
             weights = tl.exp2(scores * scale_log2 - new_best[:, None])
         rescale = tl.exp2(best - new_best)
-        total = total * rescale + tl.sum(weights, axis=1)
+        if FP8:
+            total = total * rescale + tl.sum(weights * v_inverse[None, :], axis=1)
+        else:
+            total = total * rescale + tl.sum(weights, axis=1)
         acc = acc * rescale[:, None]
         if BLOCK_D == HEAD_DIM:
             v = tl.load(v_ptr + offsets)
         else:
             v = tl.load(v_ptr + offsets, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+        if FP8:
+            v = v.to(OPERAND)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         best = new_best
     for n in tl.range(masked_start, context_end, BLOCK_N, num_stages=1):
@@ -202,9 +229,17 @@ def _prefill_kernel(
         offsets = token_offsets[:, None] + head * stride_head + dim[None, :]
         mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        if FP8:
+            k_scale, v_exponent, v_inverse = load_scales(
+                scales, block, head, tokens % BLOCK_SIZE, inside, NUM_KV_HEADS, BLOCK_SIZE
+            )
+            scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision=PRECISION) * k_scale[None, :]
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         if SOFTCAP > 0:
             scores = softcap_scores(scores, SOFTCAP)
+        if FP8:
+            scores += v_exponent[None, :]
         # Key 0 is seen by every query, so no row is masked as a whole; with a window `best` is finite.
         seen = tokens[None, :] <= q_position[:, None]
         if WINDOW:
@@ -213,8 +248,12 @@ def _prefill_kernel(
         new_best = tl.maximum(best, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_best[:, None])
         rescale = tl.exp2(best - new_best)
-        total = total * rescale + tl.sum(weights, axis=1)
         v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
+        if FP8:
+            total = total * rescale + tl.sum(weights * v_inverse[None, :], axis=1)
+            v = v.to(OPERAND)
+        else:
+            total = total * rescale + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         best = new_best
     acc = acc / total[:, None]

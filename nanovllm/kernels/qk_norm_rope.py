@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from nanovllm.kernels.fp8_cache import quantize_halves, store_rows_torch
 from nanovllm.kernels.layernorm import rms_norm_torch
 from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
@@ -34,6 +35,7 @@ def qk_norm_rope_store_torch(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norm and rotate queries and keys, write keys and values to the caches, return the queries.
 
@@ -44,6 +46,7 @@ def qk_norm_rope_store_torch(
         q_weight, k_weight: [D] of the heads' RMSNorm, None for no norm.
         k_cache, v_cache: [N, P, Hkv, D], any strides with the last dimension contiguous.
         slot_mapping: [T], negative for tokens that are not stored.
+        scales: [N, Hkv, P, 2], written too, where the caches are in eight bits (`fp8_cache`).
 
     Returns:
         [T, Hq, D], contiguous and fresh.
@@ -56,8 +59,12 @@ def qk_norm_rope_store_torch(
     cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
     stored = slot_mapping >= 0
     slots = slot_mapping[stored]
-    k_cache[slots // block_size, slots % block_size] = rotate(k, cos, sin)[stored]
-    v_cache[slots // block_size, slots % block_size] = v[stored]
+    k, v = rotate(k, cos, sin)[stored], v[stored]
+    if scales is None:
+        k_cache[slots // block_size, slots % block_size] = k
+        v_cache[slots // block_size, slots % block_size] = v
+    else:
+        store_rows_torch(k, v, k_cache, v_cache, scales, slots)
     return rotate(q, cos, sin)
 
 
@@ -72,6 +79,7 @@ def qk_norm_rope_store(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `qk_norm_rope_store_torch`; the rotation is computed in float32 and rounded once."""
     tokens = len(qkv)
@@ -95,6 +103,7 @@ def qk_norm_rope_store(
         k_cache,
         v_cache,
         slot_mapping,
+        scales,
         qkv.stride(0),
         cos.stride(0),
         *k_cache.stride()[:3],
@@ -126,6 +135,7 @@ def _qk_norm_rope_store_kernel(
     k_cache,
     v_cache,
     slot_mapping,
+    scales,
     stride_qkv,
     stride_cos,
     k_stride_block,
@@ -186,6 +196,10 @@ def _qk_norm_rope_store_kernel(
                 low, high = _norm_rope(source, mask, cos, sin, k_weight, eps, low_at, high_by, dim < HALF, HALF)
                 out = k_cache + block * k_stride_block + offset * k_stride_token
                 out += head.to(tl.int64) * k_stride_head + low_at
+                if scales is not None:
+                    low, high, scale = quantize_halves(low, high)
+                    at = scales + ((block * NUM_KV_HEADS + head) * BLOCK_SIZE + offset) * 2
+                    tl.store(at, scale[:, None].to(tl.bfloat16), mask=head < NUM_KV_HEADS)
                 tl.store(out, low, mask=mask)
                 tl.store(out + high_by, high, mask=mask)
             else:
@@ -194,8 +208,14 @@ def _qk_norm_rope_store_kernel(
                 source = row + (NUM_HEADS + NUM_KV_HEADS + head) * HEAD_DIM + dim
                 out = v_cache + block * v_stride_block + offset * v_stride_token
                 out += head.to(tl.int64) * v_stride_head + dim
-                tl.store(out, tl.load(source, mask=mask), mask=mask)
-                tl.store(out + HALF, tl.load(source + HALF, mask=mask), mask=mask)
+                low = tl.load(source, mask=mask, other=0.0)
+                high = tl.load(source + HALF, mask=mask, other=0.0)
+                if scales is not None:
+                    low, high, scale = quantize_halves(low, high)
+                    at = scales + ((block * NUM_KV_HEADS + head) * BLOCK_SIZE + offset) * 2 + 1
+                    tl.store(at, scale[:, None].to(tl.bfloat16), mask=head < NUM_KV_HEADS)
+                tl.store(out, low, mask=mask)
+                tl.store(out + HALF, high, mask=mask)
 
 
 @triton.jit

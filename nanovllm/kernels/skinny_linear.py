@@ -2,7 +2,7 @@
 
 One wave of programs reads the weight once; each starts while the kernel before it ends. The gated form ends in SwiGLU, and a
 product that would fill too few multiprocessors is cut along the inner dimension into partial sums, which the residual addition
-after it adds up (`layernorm.add_rms_norm`). Called by `layers.linear` where `skinny_tiles` has an answer; shapes: T rows, K
+after it adds up (`layernorm.add_rms_norm`). Low-rank adapters (`kernels.lora`) are some more of the inner dimension. Called by `layers.linear` where `skinny_tiles` has an answer; shapes: T rows, K
 inner, N outer. Reference: `torch.nn.functional.linear`.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from nanovllm.kernels.activation import silu_and_mul_torch
+from nanovllm.kernels.lora import PART_COLUMNS, LowRank
 from nanovllm.kernels.triton_compat import HAS_TRITON, tl, triton, use_pdl
 
 # More rows are computation, not memory traffic, and larger weights take so long that a launch does not matter: there
@@ -22,6 +23,8 @@ from nanovllm.kernels.triton_compat import HAS_TRITON, tl, triton, use_pdl
 MAX_ROWS = 256
 MAX_WEIGHT_ELEMENTS = 1 << 23
 BLOCK_K = 64
+# Columns of the adapters' low ranks that are taken at a time, at most.
+MOST_BLOCK_R = 128
 # Multiprocessors where there is no GPU to ask.
 DEFAULT_SMS = 132
 
@@ -80,13 +83,19 @@ def choose_tiles(
 
 
 def skinny_linear_torch(
-    x: torch.Tensor, weight: torch.Tensor, tiles: SkinnyTiles, bias: torch.Tensor | None = None, *, gated: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    tiles: SkinnyTiles,
+    bias: torch.Tensor | None = None,
+    *,
+    gated: bool = False,
+    low_rank: LowRank | None = None,
 ) -> torch.Tensor:
-    """`x` [T, K] times `weight` [N, K] transposed, plus `bias` [N].
+    """`x` [T, K] times `weight` [N, K] transposed, plus `bias` [N], plus what `low_rank` says of T tokens and N columns.
 
     Returns:
         [T, N]; gated, where the first half of `weight`'s 2 * N rows makes the gate: silu(gate) * up, [T, N]; with
-        `tiles.splits` S over 1 and no gate: partial sums [S, T, N] in float32, the bias in the first.
+        `tiles.splits` S over 1 and no gate: partial sums [S, T, N] in float32, bias and low rank in the first.
     """
     if tiles.splits > 1:
         parts = torch.stack(
@@ -97,27 +106,51 @@ def skinny_linear_torch(
         )
         if bias is not None:
             parts[0] += bias
+        if low_rank is not None:
+            parts[0] += _low_rank_torch(low_rank)
         return parts
     y = F.linear(x, weight, bias)
+    if low_rank is not None:
+        y = (y.float() + _low_rank_torch(low_rank)).to(x.dtype)
     return silu_and_mul_torch(y) if gated else y
 
 
+def _low_rank_torch(added: LowRank) -> torch.Tensor:
+    """[T, N] float32."""
+    rank = added.b.shape[2]
+    total = added.low.new_zeros(len(added.adapters), added.b.shape[1])
+    columns = added.parts.repeat_interleave(PART_COLUMNS)
+    for token, adapter in enumerate(added.adapters.tolist()):
+        if adapter >= 0:
+            low = added.low[:, token].sum(0).view(-1, rank).to(added.b.dtype).float()
+            total[token] = (low[columns.long()] * added.b[adapter].float()).sum(1)
+    return total
+
+
 def skinny_linear(
-    x: torch.Tensor, weight: torch.Tensor, tiles: SkinnyTiles, bias: torch.Tensor | None = None, *, gated: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    tiles: SkinnyTiles,
+    bias: torch.Tensor | None = None,
+    *,
+    gated: bool = False,
+    low_rank: LowRank | None = None,
 ) -> torch.Tensor:
-    """See `skinny_linear_torch`."""
+    """See `skinny_linear_torch`. What made `low_rank.low` was launched just before, and is waited for only at the end."""
     rows, k = x.shape
     n = len(weight) // (2 if gated else 1)
     assert x.stride(1) == 1 and weight.is_contiguous() and n % tiles.block_n == 0
     splits = tiles.splits
     shape, dtype = ((rows, n), x.dtype) if splits == 1 else ((splits, rows, n), torch.float32)
     out = torch.empty(shape, dtype=dtype, device=x.device)
+    adapters, rank = (0, 1) if low_rank is None else (len(low_rank.b), low_rank.b.shape[2])
     pdl = use_pdl(x)
     _skinny_linear_kernel[(triton.cdiv(rows, tiles.block_m), n // tiles.block_n, splits)](
         x,
         weight,
         bias,
         out,
+        *((None,) * 4 if low_rank is None else low_rank),
         rows,
         n,
         k,
@@ -128,6 +161,12 @@ def skinny_linear(
         BLOCK_K=BLOCK_K,
         STAGES=tiles.stages,
         GATED=gated,
+        LOW_SPLITS=0 if low_rank is None else len(low_rank.low),
+        LOW_WIDTH=0 if low_rank is None else low_rank.low.shape[2],
+        ADAPTERS=adapters,
+        RANK=rank,
+        BLOCK_R=min(MOST_BLOCK_R, triton.next_power_of_2(max(16, adapters * rank))),
+        PART_COLUMNS=PART_COLUMNS,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         PDL=pdl,
         launch_pdl=pdl,
@@ -142,6 +181,10 @@ def _skinny_linear_kernel(
     weight_ptr,
     bias_ptr,
     out_ptr,
+    low_ptr,
+    b_ptr,
+    adapters_ptr,
+    parts_ptr,
     rows,
     n_size,
     k_size,
@@ -152,6 +195,12 @@ def _skinny_linear_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     GATED: tl.constexpr,
+    LOW_SPLITS: tl.constexpr,
+    LOW_WIDTH: tl.constexpr,
+    ADAPTERS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PART_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -162,7 +211,8 @@ def _skinny_linear_kernel(
     inside = (m < rows)[:, None]
     x_tile = x_ptr + m.to(tl.int64)[:, None] * stride_x + k[None, :]
     weight_tile = weight_ptr + n.to(tl.int64)[None, :] * k_size + k[:, None]
-    if PDL:
+    # With adapters the kernel before is what made `low`, and what came before that is done.
+    if PDL and LOW_SPLITS == 0:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -178,6 +228,26 @@ def _skinny_linear_kernel(
         x_tile += BLOCK_K
         weight_tile += BLOCK_K
     dtype = out_ptr.dtype.element_ty
+    if LOW_SPLITS > 0:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        if split == 0:
+            adapter = tl.load(adapters_ptr + m, mask=m < rows, other=-1)
+            low = low_ptr + m.to(tl.int64) * LOW_WIDTH
+            if GATED:
+                all_rows = 2 * n_size
+                up_acc = _add_low_rank(
+                    up_acc, low + RANK, b_ptr, adapter, rows, all_rows, n_size + n,
+                    LOW_SPLITS, LOW_WIDTH, ADAPTERS, RANK, BLOCK_R, PRECISION,
+                )  # fmt: skip
+            else:
+                all_rows = n_size
+                low += tl.load(parts_ptr + tl.program_id(1) * BLOCK_N // PART_COLUMNS) * RANK
+            acc = _add_low_rank(
+                acc, low, b_ptr, adapter, rows, all_rows, n,
+                LOW_SPLITS, LOW_WIDTH, ADAPTERS, RANK, BLOCK_R, PRECISION,
+            )  # fmt: skip
     if bias_ptr is not None:  # noqa: SIM102 - known to the compiler, and the next is not
         if split == 0:
             acc += tl.load(bias_ptr + n).to(tl.float32)[None, :]
@@ -190,3 +260,34 @@ def _skinny_linear_kernel(
         acc = silu * up_acc.to(dtype).to(tl.float32)
     out_row = split.to(tl.int64) * rows + m
     tl.store(out_ptr + out_row[:, None] * n_size + n[None, :], acc.to(dtype), mask=inside)
+
+
+@triton.jit
+def _add_low_rank(
+    acc,
+    low_rows,
+    b_ptr,
+    adapter,
+    rows,
+    all_rows,
+    n,
+    LOW_SPLITS: tl.constexpr,
+    LOW_WIDTH: tl.constexpr,
+    ADAPTERS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`acc` plus the rows' low rank times B: all adapters' side by side, where those that are not a row's own count as 0."""
+    for base in tl.static_range(0, ADAPTERS * RANK, BLOCK_R):
+        one = (base + tl.arange(0, BLOCK_R)) // RANK
+        r = (base + tl.arange(0, BLOCK_R)) % RANK
+        own = adapter[:, None] == one[None, :]
+        low = tl.zeros((acc.shape[0], BLOCK_R), tl.float32)
+        for split in tl.static_range(LOW_SPLITS):
+            place = low_rows[:, None] + tl.cast(split, tl.int64) * rows * LOW_WIDTH + r[None, :]
+            low += tl.load(place, mask=own, other=0.0)
+        place = b_ptr + (one.to(tl.int64)[:, None] * all_rows + n[None, :]) * RANK + r[:, None]
+        b = tl.load(place, mask=(one < ADAPTERS)[:, None], other=0.0)
+        acc = tl.dot(low.to(b.dtype), b, acc, input_precision=PRECISION)
+    return acc

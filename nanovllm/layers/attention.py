@@ -19,7 +19,7 @@ from torch import nn
 from nanovllm.errors import UserError
 from nanovllm.kernels.triton_compat import HAS_TRITON
 from nanovllm.utils.context import ForwardContext
-from nanovllm.utils.prefixes import Capacity, SharedPrefixes
+from nanovllm.utils.prefixes import Capacity, SharedPrefixes, SharingShape
 
 Ints = npt.NDArray[np.int64]
 NO_CHUNKS = np.zeros(0, dtype=np.int64)
@@ -70,7 +70,7 @@ class AttentionBackend(ABC):
 
     Args:
         num_heads, num_kv_heads: Hq and Hkv of this rank; head_dim: D.
-        max_num_seqs: most decodes of a step; device, dtype: where the cache is, and of what.
+        max_num_seqs: most decodes of a step; device, dtype: where the cache is, and of what; eight bits have scales beside it.
     """
 
     # Whether a step of decodes needs nothing of the host, so that a CUDA graph can hold it.
@@ -124,9 +124,18 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Any, spec: AttentionSpec
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        plan: Any,
+        spec: AttentionSpec,
+        scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`q` [T, Hq, D] over the caches [N, P, Hkv, D] -> [T, Hq, D]; decodes' rows first, then the chunks' rows."""
+        """`q` [T, Hq, D] over the caches [N, P, Hkv, D] -> [T, Hq, D]; decodes' rows first, then the chunks' rows.
+
+        `scales` [N, Hkv, P, 2] are those of a cache in eight bits.
+        """
 
 
 class SharingBackend(AttentionBackend):
@@ -134,8 +143,8 @@ class SharingBackend(AttentionBackend):
 
     @classmethod
     @abstractmethod
-    def shared_tile(cls, group: int) -> int:
-        """Sequences that are attended together to what they share, where `group` query heads share a KV head."""
+    def sharing_shape(cls, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> SharingShape:
+        """Into what items of work sharing is cut, on a rank with these heads and a cache of `dtype`."""
 
     @abstractmethod
     def enable_sharing(self, capacity: Capacity, slots: int) -> None:
@@ -185,7 +194,8 @@ def select_backend(name: str, device: torch.device) -> type[AttentionBackend]:
 
 
 class Attention(nn.Module):
-    """One layer's cache and its use. The runner sets `k_cache` and `v_cache` [N, P, Hkv, D] after sizing the pool."""
+    """One layer's cache and its use. The runner sets `k_cache` and `v_cache` [N, P, Hkv, D], and the `scales` of a cache in eight
+    bits, after sizing the pool."""
 
     def __init__(self, backend: AttentionBackend, spec: AttentionSpec) -> None:
         super().__init__()
@@ -194,7 +204,9 @@ class Attention(nn.Module):
         backend.add_window(spec.window)
         self.k_cache = torch.empty(0)
         self.v_cache = torch.empty(0)
+        self.scales: torch.Tensor | None = None
 
     def forward(self, q: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """`q` [T, Hq, D] of the new tokens, whose keys and values are in the cache -> [T, Hq * D]."""
-        return self.backend.attend(q, self.k_cache, self.v_cache, context.attention_plan, self.spec).flatten(1)
+        plan = context.attention_plan
+        return self.backend.attend(q, self.k_cache, self.v_cache, plan, self.spec, self.scales).flatten(1)

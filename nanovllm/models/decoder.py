@@ -77,6 +77,7 @@ class SelfAttention(nn.Module):
             self.attn.k_cache,
             self.attn.v_cache,
             context.slot_mapping,
+            self.attn.scales,
         )
         out: torch.Tensor = self.o_proj(self.attn(q, context))
         return out
@@ -94,7 +95,8 @@ class MLP(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]."""
-        out: torch.Tensor = self.down_proj(self.gate_up_proj(hidden))
+        inner = self.gate_up_proj(hidden, self.down_proj.takes_rounded)
+        out: torch.Tensor = self.down_proj(inner)
         return out
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from nanovllm.errors import UserError
 
@@ -18,6 +18,28 @@ METHODS = ("fp8", "compressed-tensors", "awq", "gptq")
 Packing = Literal["plain", "int32", "awq", "gptq"]
 Strategy = Literal["tensor", "channel", "group", "block"]
 Shapes = dict[str, tuple[int, ...]]
+
+
+class WeightFormat(NamedTuple):
+    """How a weight [N, K] stays quantised on a GPU.
+
+    Attributes:
+        kind: of its numbers.
+        group: neighbouring columns that share a scale, 0 for all of a row's.
+        zeros: whether scales come with zero points.
+        activations: whether they are made 8 bits too, for a product of two such numbers; else the weight is widened.
+    """
+
+    kind: Literal["fp8", "int8", "int4"]
+    group: int = 0
+    zeros: bool = False
+    activations: bool = False
+
+
+# Inner tile of the products, and the scales of two numbers in 8 bits.
+TILE = 128
+# Least columns of a group, and what an outer tile is a multiple of.
+NARROW = 32
 
 
 @dataclass(frozen=True)
@@ -32,6 +54,8 @@ class WeightScheme:
         symmetric: without zero points.
         scale: name of the scales beside the weight.
         zero_shift: added to stored zero points: GPTQ's first format has them less one.
+        shuffled: whether the columns of a group may be anywhere (GPTQ's desc_act).
+        activations: whether they are meant to be quantised as well.
     """
 
     packing: Packing
@@ -43,6 +67,19 @@ class WeightScheme:
     symmetric: bool = True
     scale: str = "weight_scale"
     zero_shift: int = 0
+    shuffled: bool = False
+    activations: bool = False
+
+    def kept(self, rows: int, columns: int) -> WeightFormat | None:
+        """How a rank's part [rows, columns] of such a weight stays quantised; None where its shape or layout has no kernel."""
+        group = self.block[1] if self.strategy == "block" else self.group
+        if group and columns == group:
+            group = 0
+        if rows % NARROW or columns % TILE or self.shuffled or (group and (group % NARROW or columns % group)):
+            return None
+        kind: Literal["fp8", "int8", "int4"] = "fp8" if self.float else "int8" if self.bits == 8 else "int4"
+        activations = self.activations and self.symmetric and group in (0, TILE)
+        return WeightFormat(kind, group, not self.symmetric, activations)
 
     @property
     def main(self) -> str:
@@ -99,11 +136,22 @@ class Quantization:
     schemes: tuple[tuple[tuple[str, ...], WeightScheme], ...]
     ignored: tuple[str, ...]
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether all that is quantised is 8-bit floats."""
+        return all(scheme.float for _, scheme in self.schemes)
+
     def scheme_of(self, layer: str) -> WeightScheme | None:
         """How the weight of `layer` is stored; None where it is plain. The layer's name is that of the checkpoint."""
         if any(_names(pattern, layer) for pattern in self.ignored):
             return None
         return next((scheme for targets, scheme in self.schemes if any(_names(t, layer) for t in targets)), None)
+
+
+# What `quantization="fp8"` makes of plain weights: linear layers and experts, an output feature at a time.
+ONLINE_FP8 = Quantization(
+    "fp8", ((("Linear",), WeightScheme("plain", 8, True, "channel", activations=True)),), ("lm_head",)
+)
 
 
 def _names(pattern: str, layer: str) -> bool:
@@ -164,12 +212,14 @@ def _fp8(given: Mapping[str, Any]) -> Quantization:
     _only(given, "fmt", "e4m3")
     block = given.get("weight_block_size")
     if block is None:
-        scheme = WeightScheme("plain", 8, True, "tensor")
+        scheme = WeightScheme("plain", 8, True, "tensor", activations=True)
     else:
         rows, columns = (int(size) for size in block)
         if min(rows, columns) < 1:
             raise ValueError(f"weight_block_size is {block!r}, and must be two sizes of 1 or more")
-        scheme = WeightScheme("plain", 8, True, "block", block=(rows, columns), scale="weight_scale_inv")
+        scheme = WeightScheme(
+            "plain", 8, True, "block", block=(rows, columns), scale="weight_scale_inv", activations=True
+        )
     ignored = _strings(given.get("modules_to_not_convert") or given.get("ignored_layers"))
     return Quantization("fp8", ((("Linear",), scheme),), (*ignored, "lm_head"))
 
@@ -201,6 +251,7 @@ def _compressed_tensors(given: Mapping[str, Any]) -> Quantization:
                     group=int(weights["group_size"]) if strategy == "group" else 0,
                     block=(int(block[0]), int(block[1])),
                     symmetric=bool(weights.get("symmetric", True)),
+                    activations=bool(group.get("input_activations")),
                 ),
             )
         )
@@ -239,6 +290,7 @@ def _gptq(given: Mapping[str, Any]) -> Quantization:
         symmetric=False,
         scale="scales",
         zero_shift=1 if kind == "gptq" else 0,
+        shuffled=bool(given.get("desc_act")),
     )
     ignored = () if given.get("lm_head") else ("lm_head",)
     return Quantization("gptq", ((("Linear",), scheme),), ignored)

@@ -82,7 +82,7 @@ def _read(name: str, given: str, layers: Mapping[str, LinearLayer]) -> Adapter:
         layer = None if match is None else layers.get(match["layer"])
         if match is None or layer is None:
             raise UserError(f"{what} holds the tensor {stored}, which changes no linear layer of this model")
-        rows, columns = layer.module.weight.shape
+        rows, columns = layer.module.out_features, layer.module.in_features
         if layer.part is not None:
             rows = layer.module.offsets[layer.part][1]
         shape = (rank, columns) if match["matrix"] == "A" else (rows, rank)
@@ -120,7 +120,7 @@ def load_adapters(model: CausalLM, adapters: list[Adapter], tp: TensorParallel, 
     changed = {layer for adapter in adapters for layer in adapter.tensors}
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
     for module, part in {layers[name].module: layers[name].part for name in changed}.items():
-        rows, columns = module.weight.shape
+        rows, columns = module.out_features, module.in_features
         starts = [0, rows]
         if part is not None:
             starts = [*(start for start, _, _ in module.offsets.values()), rows]
@@ -139,7 +139,7 @@ def _load(layer: LinearLayer, index: int, a: torch.Tensor, b: torch.Tensor, rank
     assert module.lora is not None
     own, first, start = len(a), 0, 0
     if isinstance(module, RowParallelLinear):
-        columns = module.weight.shape[1]
+        columns = module.in_features
         a = a[:, tp.rank * columns : (tp.rank + 1) * columns]
     elif part is None:
         b = module.rows_of_rank(b)

@@ -1,4 +1,4 @@
-"""Weights of quantised checkpoints as plain matrices, on the CPU or a GPU. What the tensors mean is in `models.quantization`."""
+"""Weights of quantised checkpoints as numbers with scales, on the CPU or a GPU. What the tensors mean is in `models.quantization`."""
 
 from __future__ import annotations
 
@@ -6,41 +6,39 @@ from collections.abc import Mapping
 
 import torch
 
+from nanovllm.layers.quantized import Numbers
 from nanovllm.models.quantization import WeightScheme
 
 # Where AutoAWQ puts the number j of each eight in a 32-bit word, in the order of the bits.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def dequantize(scheme: WeightScheme, tensors: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
-    """The weight [N, K] in float32.
+def read_numbers(scheme: WeightScheme, tensors: Mapping[str, torch.Tensor], columns: int) -> Numbers:
+    """The weight [N, K] as it is stored, one layout for all.
 
     Args:
-        tensors: those of `scheme.shapes`, and any of `scheme.optional`, by name.
+        tensors: those of `scheme.shapes`, and any of `scheme.names`, by name.
         columns: K.
     """
     if scheme.packing == "awq":
-        return _awq(scheme, tensors, columns)
+        return _awq(scheme, tensors)
     if scheme.packing == "gptq":
         return _gptq(scheme, tensors, columns)
     scale = tensors[scheme.scale].float()
     zero = tensors.get("weight_zero_point")
     if scheme.packing == "int32":
-        values = unpack(tensors["weight_packed"], scheme.bits)[:, :columns] - (1 << (scheme.bits - 1))
+        values = _around_zero(unpack(tensors["weight_packed"], scheme.bits)[:, :columns], scheme.bits)
         if zero is not None:
-            rows = len(values)
-            zero = unpack(zero.t(), scheme.bits)[:, :rows].t() - (1 << (scheme.bits - 1))
+            zero = _around_zero(unpack(zero.t(), scheme.bits)[:, : len(values)].t(), scheme.bits)
     else:
         values = tensors["weight"]
-    values = values.float()
+    rows = len(values)
     if scheme.strategy == "block":
-        return values * _spread(scale, scheme.block, values.shape)
+        return Numbers(values, scale.repeat_interleave(scheme.block[0], 0)[:rows], scheme.block[1])
     if scheme.strategy == "tensor":
-        return (values - (0 if zero is None else zero.float().reshape(()))) * scale.reshape(())
-    grouped = values.view(len(values), scale.shape[1], -1)
-    if zero is not None:
-        grouped = grouped - zero.float().unsqueeze(-1)
-    return (grouped * scale.unsqueeze(-1)).view(values.shape)
+        scale, zero = (None if one is None else one.reshape(1, 1).expand(rows, 1) for one in (scale, zero))
+    assert scale is not None
+    return Numbers(values, scale, scheme.group, zero)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -49,32 +47,27 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).reshape(len(words), -1)
 
 
-def _spread(scale: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> torch.Tensor:
-    """A scale for each number of a weight, whose last blocks may be cut."""
-    scale = scale.repeat_interleave(block[0], 0)[: shape[0]]
-    return scale.repeat_interleave(block[1], 1)[:, : shape[1]]
+def _around_zero(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned numbers of `bits` bits less half of their range."""
+    return (numbers - (1 << (bits - 1))).to(torch.int8)
 
 
-def _awq(scheme: WeightScheme, tensors: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
+def _awq(scheme: WeightScheme, tensors: Mapping[str, torch.Tensor]) -> Numbers:
     order = torch.argsort(torch.tensor(AWQ_ORDER, device=tensors["qweight"].device))
 
     def ordered(words: torch.Tensor) -> torch.Tensor:
-        return unpack(words, scheme.bits).view(len(words), -1, len(order))[..., order].reshape(len(words), -1)
+        numbers = unpack(words, scheme.bits).view(len(words), -1, len(order))[..., order]
+        return _around_zero(numbers.reshape(len(words), -1), scheme.bits).t()
 
-    values = ordered(tensors["qweight"]).float()  # [K, N]
-    scale = tensors["scales"].float()  # [groups, N]
-    half = float(1 << (scheme.bits - 1))
-    zero = ordered(tensors["qzeros"]).float() if "qzeros" in tensors else torch.full_like(scale, half)
-    grouped = values.view(len(scale), -1, values.shape[1])
-    return ((grouped - zero.unsqueeze(1)) * scale.unsqueeze(1)).view(columns, -1).t()
+    zero = ordered(tensors["qzeros"]) if "qzeros" in tensors else None
+    return Numbers(ordered(tensors["qweight"]), tensors["scales"].float().t(), scheme.group, zero)
 
 
-def _gptq(scheme: WeightScheme, tensors: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
-    values = unpack(tensors["qweight"].t(), scheme.bits)[:, :columns].t().float()  # [K, N]
+def _gptq(scheme: WeightScheme, tensors: Mapping[str, torch.Tensor], columns: int) -> Numbers:
+    values = _around_zero(unpack(tensors["qweight"].t(), scheme.bits)[:, :columns], scheme.bits)
     # One less than a zero point of 0 was stored with all bits set.
-    zero = ((unpack(tensors["qzeros"], scheme.bits) + scheme.zero_shift) & ((1 << scheme.bits) - 1)).float()
-    scale = tensors["scales"].float()
-    group = tensors.get("g_idx")
-    if group is None:
-        group = torch.arange(columns, device=values.device) // (scheme.group or columns)
-    return ((values - zero[group.long()]) * scale[group.long()]).t()
+    zero = (unpack(tensors["qzeros"], scheme.bits) + scheme.zero_shift) & ((1 << scheme.bits) - 1)
+    groups = tensors.get("g_idx")
+    if groups is not None and torch.equal(groups, torch.arange(columns).to(groups) // (scheme.group or columns)):
+        groups = None
+    return Numbers(values, tensors["scales"].float().t(), scheme.group, _around_zero(zero, scheme.bits).t(), groups)

@@ -29,11 +29,12 @@ from torch.overrides import TorchFunctionMode
 
 from nanovllm.errors import UserError
 from nanovllm.layers.embed_head import ParallelLMHead
-from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear
 from nanovllm.layers.moe import FusedExperts
+from nanovllm.layers.quantized import Numbers, QuantizedWeight, moved, quantize
 from nanovllm.models.decoder import CausalLM
-from nanovllm.models.quantization import Quantization, WeightScheme
-from nanovllm.utils.dequantize import dequantize
+from nanovllm.models.quantization import Quantization, WeightFormat, WeightScheme
+from nanovllm.utils.dequantize import read_numbers
 
 # Readers of one checkpoint: more do not fill a PCIe bus faster.
 MAX_READERS = 8
@@ -146,11 +147,15 @@ def check_checkpoint(model_dir: Path, model: CausalLM, quantization: Quantizatio
             )
 
 
-def load_model(model: CausalLM, model_dir: Path, quantization: Quantization | None = None) -> LoadReport:
+def load_model(
+    model: CausalLM, model_dir: Path, quantization: Quantization | None = None, online: Quantization | None = None
+) -> LoadReport:
     """Fill `model`'s parameters, on whatever device they are, with this rank's shards of the checkpoint in `model_dir`.
 
     Args:
-        quantization: of the checkpoint; quantised weights become plain ones, of the type that the parameters have.
+        quantization: of the checkpoint; quantised weights become plain ones, of the type that the parameters have, where their
+            layer does not keep them quantised.
+        online: what to make of plain weights; where a layer does not keep them, they are quantised and widened again.
 
     Raises:
         UserError: files missing or broken. What is in them, `check_checkpoint` has compared before.
@@ -168,7 +173,8 @@ def load_model(model: CausalLM, model_dir: Path, quantization: Quantization | No
             for name, info in header.items():
                 if not _ignored(name, model, quantization):
                     stored[name] = _Stored(tensors, name, info.nbytes)
-        schemes = _schemes(model, quantization)
+        schemes = stored_schemes(model, quantization)
+        rounded = stored_schemes(model, online)
         jobs = []
         for name, tensor in stored.items():
             layer, _, kind = name.rpartition(".")
@@ -179,15 +185,17 @@ def load_model(model: CausalLM, model_dir: Path, quantization: Quantization | No
             module = model.get_submodule(target.rpartition(".")[0])
             if isinstance(module, FusedExperts) and not module.holds(part):
                 continue
+            keeps = isinstance(module, (ParallelLinear, FusedExperts)) and module.quantized is not None
+            into = module if keeps and kind != "bias" else params[target]
             if scheme is None:
-                jobs.append(_Job([tensor], params[target], part))
+                jobs.append(_Job([tensor], into, part, device, rounded=kind == "weight" and layer in rounded))
                 continue
             parts = [stored[f"{layer}.{own}"] for own in scheme.names if f"{layer}.{own}" in stored]
             if isinstance(module, FusedExperts):
                 columns = module.part_shape(part)[1]
             else:
-                columns = params[target].shape[1] * (module.tp.size if isinstance(module, RowParallelLinear) else 1)
-            jobs.append(_Job(parts, params[target], part, scheme, columns))
+                columns = module.in_features * (module.tp.size if isinstance(module, RowParallelLinear) else 1)
+            jobs.append(_Job(parts, into, part, device, scheme, columns))
         # The largest first, so that no reader is left alone with one at the end.
         todo = deque(sorted(jobs, key=lambda job: sum(tensor.nbytes for tensor in job.stored), reverse=True))
         readers = _num_readers(device)
@@ -203,15 +211,27 @@ def load_model(model: CausalLM, model_dir: Path, quantization: Quantization | No
 def init_dummy(model: nn.Module, seed: int = 0) -> None:
     """Small random weights (std 0.02; norms one, biases zero), for benchmarks that only need true shapes.
 
-    A parameter's values follow from `seed` and its name, whatever the others are; nothing waits for the device.
+    A parameter's values follow from `seed` and its name, whatever the others are; nothing waits for the device. A weight that
+    stays quantised is made of those that it would have.
     """
+    kept = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
+    for name, module in kept.items():
+        shape = len(module.numbers), module.columns
+        weight = torch.empty(shape, dtype=torch.get_default_dtype(), device=module.numbers.device)
+        layer, _, own = name.rpartition("quantized.")
+        plain = layer + (own.removesuffix(".") or "weight")
+        module.put(0, weight.normal_(0.0, 0.02, generator=_generator(plain, seed, weight.device)))
     for name, param in model.named_parameters():
+        if name.startswith(tuple(kept)):
+            continue
         if param.dim() > 1:
-            own_seed = xxhash.xxh64_intdigest(name.encode(), seed=seed) >> 1
-            generator = torch.Generator(device=param.device).manual_seed(own_seed)
-            param.data.normal_(0.0, 0.02, generator=generator)
+            param.data.normal_(0.0, 0.02, generator=_generator(name, seed, param.device))
         else:
             param.data.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _generator(name: str, seed: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(xxhash.xxh64_intdigest(name.encode(), seed=seed) >> 1)
 
 
 class _Stored(NamedTuple):
@@ -228,20 +248,42 @@ class _Stored(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """What to read into one parameter (`part` of it, where it is fused): a tensor, or those of a quantised weight of `columns` columns."""
+    """What to read into a parameter (`part` of it, where it is fused), or into a layer that keeps its weight quantised.
+
+    Attributes:
+        stored: a tensor, or those of a weight of `columns` columns that is quantised by `scheme`.
+        rounded: whether a plain weight is rounded to what 8 bits hold.
+    """
 
     stored: list[_Stored]
-    param: nn.Parameter
+    into: nn.Parameter | ParallelLinear | FusedExperts
     part: str | None
+    device: torch.device
     scheme: WeightScheme | None = None
     columns: int = 0
+    rounded: bool = False
 
-    def read(self) -> torch.Tensor:
-        """What the checkpoint has for the parameter, unsharded."""
-        if self.scheme is None:
-            return self.stored[0].read()
-        parts = {stored.name.rpartition(".")[2]: stored.read().to(self.param.device) for stored in self.stored}
-        return dequantize(self.scheme, parts, self.columns).to(self.param.dtype)
+    def run(self) -> None:
+        """Read it, and have this rank's part of it taken."""
+        numbers = None if self.scheme is None else self._numbers(self.scheme)
+        if not isinstance(self.into, nn.Parameter):
+            self.into.load_quantized(self.stored[0].read() if numbers is None else numbers, self.part)
+            return
+        tensor = self.stored[0].read() if numbers is None else numbers.dequantize()
+        if self.rounded:
+            tensor = quantize(tensor.to(self.device), WeightFormat("fp8")).dequantize()
+        loader = getattr(self.into, "weight_loader", _copy)
+        loader(self.into, tensor if numbers is None else tensor.to(self.into.dtype), self.part)
+
+    def _numbers(self, scheme: WeightScheme) -> Numbers:
+        parts = {stored.name.rpartition(".")[2]: moved(stored.read(), self.device) for stored in self.stored}
+        numbers = read_numbers(scheme, parts, self.columns)
+        if numbers.groups is not None and not isinstance(self.into, nn.Parameter):
+            raise UserError(
+                f"{self.stored[0].name} has columns in an order of its own (g_idx), which quantization_config does not announce "
+                "(desc_act); set it to true there"
+            )
+        return numbers
 
 
 class _StagedCopies(TorchFunctionMode):
@@ -296,8 +338,7 @@ def _read(todo: deque[_Job], device: torch.device) -> None:
             except IndexError:
                 return
             try:
-                loader = getattr(job.param, "weight_loader", _copy)
-                loader(job.param, job.read(), job.part)
+                job.run()
             except BaseException:
                 todo.clear()
                 raise
@@ -404,17 +445,23 @@ def linear_layers(model: CausalLM) -> dict[str, LinearLayer]:
     return {_checkpoint_name(name, model): layer for name, layer in layers.items()}
 
 
-def _schemes(model: CausalLM, quantization: Quantization | None) -> dict[str, WeightScheme]:
+def expert_layers(model: CausalLM) -> dict[str, FusedExperts]:
+    """The matrices of experts by their names in the checkpoint."""
+    return {
+        _checkpoint_name(f"{name}.{i}.{part}", model): module
+        for name, module in model.named_modules()
+        if isinstance(module, FusedExperts)
+        for i in range(module.total)
+        for part in model.expert_parts
+    }
+
+
+def stored_schemes(model: CausalLM, quantization: Quantization | None) -> dict[str, WeightScheme]:
     """How the quantised weights are stored, by the layer's name in the checkpoint."""
     if quantization is None:
         return {}
-    others: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, FusedExperts):
-            others += [f"{name}.{i}.{part}" for i in range(module.total) for part in model.expert_parts]
-        elif isinstance(module, ParallelLMHead):
-            others.append(name)
-    layers = [*linear_layers(model), *(_checkpoint_name(name, model) for name in others)]
+    heads = (name for name, module in model.named_modules() if isinstance(module, ParallelLMHead))
+    layers = [*linear_layers(model), *expert_layers(model), *(_checkpoint_name(name, model) for name in heads)]
     found = {layer: quantization.scheme_of(layer) for layer in layers}
     return {layer: scheme for layer, scheme in found.items() if scheme is not None}
 
@@ -427,7 +474,7 @@ def _stored_tensors(
     Raises:
         UserError: a weight's shape does not go with the way it is quantised.
     """
-    schemes = _schemes(model, quantization)
+    schemes = stored_schemes(model, quantization)
     expected: dict[str, tuple[int, ...]] = {}
     optional: set[str] = set()
     for name, shape in _expected_tensors(model).items():

@@ -13,6 +13,23 @@ Table = npt.NDArray[np.int32]
 MOST_LEVELS = 4
 
 
+# Partial results that there is room for beside one a member.
+SPARE_ENTRIES = 1024
+
+
+class SharingShape(NamedTuple):
+    """How a backend attends to what sequences share.
+
+    Attributes:
+        tile: sequences that an item of work is for at most; items: how many run at the same time.
+        token_bytes: keys and values of a token in a layer of a rank.
+    """
+
+    tile: int
+    items: int
+    token_bytes: int
+
+
 class Capacity(NamedTuple):
     """Sizes of the device's arrays."""
 
@@ -23,7 +40,8 @@ class Capacity(NamedTuple):
     @classmethod
     def of(cls, max_num_seqs: int) -> Capacity:
         """For so many sequences."""
-        return cls(4 * max_num_seqs, MOST_LEVELS * max_num_seqs, 8 * max_num_seqs)
+        members = MOST_LEVELS * max_num_seqs
+        return cls(members, members, members + SPARE_ENTRIES)
 
 
 class SharedPrefixes(NamedTuple):

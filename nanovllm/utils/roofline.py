@@ -12,17 +12,27 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nanovllm.models.config import ModelConfig
+from nanovllm.models.quantization import ONLINE_FP8
 
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class Device(NamedTuple):
-    """Ceilings of one GPU: `bandwidth` in B/s, `flops` of dense bf16 products in FLOP/s; `measured`, or of the data sheet."""
+    """Ceilings of one GPU: `bandwidth` in B/s, `flops` of dense bf16 products in FLOP/s; `measured`, or of the data sheet.
+
+    `fp8`: whether it computes with 8-bit floats, twice as fast.
+    """
 
     name: str
     bandwidth: float
     flops: float
     measured: bool = False
+    fp8: bool = True
+
+    @property
+    def flops_8bit(self) -> float:
+        """Of dense products of 8-bit numbers; where there are none, those are widened."""
+        return self.flops * (2 if self.fp8 else 1)
 
 
 H200 = Device("H200", 4.3e12, 790e12, measured=True)  # device-to-device copy, and a large bf16 product
@@ -33,12 +43,12 @@ _DEVICES = (
     (r"\bH100 NVL\b", Device("H100 NVL", 3.9e12, 835e12)),
     (r"\bH100\b", Device("H100 SXM", 3.35e12, 989e12)),
     (r"\bB200\b", Device("B200", 8.0e12, 2250e12)),
-    (r"\bA100\b.*80 ?GB", Device("A100 80GB", 2.0e12, 312e12)),
-    (r"\bA100\b", Device("A100 40GB", 1.555e12, 312e12)),
+    (r"\bA100\b.*80 ?GB", Device("A100 80GB", 2.0e12, 312e12, fp8=False)),
+    (r"\bA100\b", Device("A100 40GB", 1.555e12, 312e12, fp8=False)),
     (r"\bL40S\b", Device("L40S", 0.864e12, 362e12)),
     (r"\bL4\b", Device("L4", 0.3e12, 121e12)),
-    (r"\bA10G\b", Device("A10G", 0.6e12, 70e12)),
-    (r"\bA10\b", Device("A10", 0.6e12, 125e12)),
+    (r"\bA10G\b", Device("A10G", 0.6e12, 70e12, fp8=False)),
+    (r"\bA10\b", Device("A10", 0.6e12, 125e12, fp8=False)),
 )
 
 
@@ -47,6 +57,19 @@ def find_device(name: str) -> Device | None:
     if "MIG" in name.split():
         return None  # a part of it
     return next((device for pattern, device in _DEVICES if re.search(pattern, name)), None)
+
+
+def weight_costs(model: ModelConfig, quantization: str | None) -> tuple[float | None, bool]:
+    """Bytes of a weight of the linear layers as a GPU keeps it (None: of the model's type), and whether products are of 8-bit numbers.
+
+    Args:
+        quantization: the engine's option.
+    """
+    stored = model.quantization or (ONLINE_FP8 if quantization else None)
+    if stored is None:
+        return None, False
+    schemes = [scheme for _, scheme in stored.schemes]
+    return max(scheme.bits for scheme in schemes) / 8, all(scheme.activations for scheme in schemes)
 
 
 @dataclass(frozen=True)
@@ -61,8 +84,9 @@ class Costs:
         windows: for each attention window (0: none) how many layers have it.
         q_size: query width; a pair of positions costs 4 of it in FLOP in each layer.
         vocab_size: logits of a sequence.
-        weight_bytes: of one weight.
+        weight_bytes: of one weight; head_bytes: of one of the output head, which is never quantised.
         bandwidth, kv_bandwidth, flops: of the whole group; the KV cache's is less where ranks hold copies of KV heads.
+        linear_flops: of the products with quantised weights.
     """
 
     parameters: int
@@ -74,9 +98,11 @@ class Costs:
     q_size: int
     vocab_size: int
     weight_bytes: float
+    head_bytes: float
     bandwidth: float
     kv_bandwidth: float
     flops: float
+    linear_flops: float
 
     @classmethod
     def of(
@@ -88,11 +114,12 @@ class Costs:
         kv_bytes: float | None = None,
         bandwidth: float = H200.bandwidth,
         flops: float = H200.flops,
+        linear_flops: float | None = None,
     ) -> Costs:
         """Costs of a model on `tp` devices of `bandwidth` and `flops` each.
 
-        `weight_bytes` and `kv_bytes` are those of one element (default: the model's type, which quantised checkpoints have too
-        once they are loaded).
+        `weight_bytes` and `kv_bytes` are those of one element (default: the model's type), see `weight_costs`; `linear_flops` as
+        `flops`, of the linear layers (default: the same).
         """
         element = ELEMENT_BYTES[model.dtype]
         q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
@@ -113,9 +140,11 @@ class Costs:
             q_size=q_size,
             vocab_size=model.vocab_size,
             weight_bytes=weight_bytes or element,
+            head_bytes=element,
             bandwidth=bandwidth * tp,
             kv_bandwidth=bandwidth * min(tp, model.num_kv_heads),
             flops=flops * tp,
+            linear_flops=(linear_flops or flops) * tp,
         )
 
     @property
@@ -125,13 +154,16 @@ class Costs:
     def prefill(self, tokens: float, pairs: float, rows: float) -> float:
         """Prompts: the linear layers over `tokens`, causal attention over half of `pairs`, one row of logits each."""
         attended = self._in_windows(pairs, 2 * tokens)
-        return (2 * self._used * tokens + 2 * self.q_size * attended + 2 * self.lm_head * rows) / self.flops
+        return (
+            2 * self._used * tokens / self.linear_flops
+            + 2 * (self.q_size * attended + self.lm_head * rows) / self.flops
+        )
 
     def weights(self, batch: float) -> float:
         """The linear layers of a decode step of `batch` sequences, which take experts evenly."""
         missed: float = (1 - self.expert_part) ** batch
         touched = self.parameters + self.expert_parameters * (1 - missed)
-        return max(touched * self.weight_bytes / self.bandwidth, 2 * self._used * batch / self.flops)
+        return max(touched * self.weight_bytes / self.bandwidth, 2 * self._used * batch / self.linear_flops)
 
     def kv(self, batch: float, context: float, read: float | None = None) -> float:
         """Attention of decode steps: `context` tokens are read (`read` where reads are shared), one a sequence is written.
@@ -145,7 +177,7 @@ class Costs:
 
     def logits(self, batch: float) -> float:
         """The output head of a decode step; logits are written once, in two bytes each."""
-        moved = self.lm_head * self.weight_bytes + 2 * batch * self.vocab_size
+        moved = self.lm_head * self.head_bytes + 2 * batch * self.vocab_size
         return max(moved / self.bandwidth, 2 * self.lm_head * batch / self.flops)
 
     def _in_windows(self, context: float, queries: float) -> float:

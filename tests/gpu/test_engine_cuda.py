@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -155,10 +156,26 @@ def test_scores_and_constrained_rows_beside_decodes(
         assert output.get("parsed") == expected.get("parsed") and output.get("label") == expected.get("label")
 
 
+@pytest.mark.parametrize(("dtype", "mean", "part"), [("float32", 1e-3, 0.9), ("bfloat16", 0.15, 0.0)])
+def test_a_cache_in_eight_bits(model: Path, dtype: str, mean: float, part: float) -> None:
+    """Prefill, and decodes in graphs, from eight bits: what plain torch makes of the same cache, up to values that round otherwise."""
+    scored = [SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0) for _ in PROMPTS]
+    texts, scores = [], []
+    for backend in ("torch", "triton"):
+        options: dict[str, Any] = {"dtype": dtype, "kvcache_block_size": 16, "max_num_seqs": 24, "max_model_len": 256}
+        llm = LLM(str(model), kv_cache_dtype="fp8", attention_backend=backend, gpu_memory_utilization=0.3, **options)
+        texts.append(tokens(llm.generate(PROMPTS, PARAMS, use_tqdm=False)))
+        outputs = llm.generate(PROMPTS, scored, use_tqdm=False)
+        scores.append(torch.tensor([*itertools.chain.from_iterable(map(logprobs_of, outputs))]))
+        llm.exit()
+    assert (scores[0] - scores[1]).abs().mean() < mean
+    assert sum(a == b for a, b in zip(*texts, strict=True)) >= part * len(PROMPTS)
+
+
 @pytest.mark.parametrize("options", [{}, {"enforce_eager": True}, {"max_num_seqs": 5}], ids=str)
 def test_shared_prefixes(model: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """One instruction, documents for some of the rows, in several levels; the plain path's tokens."""
-    for name, value in (("LEAST_TOKENS", 16), ("LEAST_SAVED", 1), ("LEAST_SAVED_STEP", 1), ("ENTRY_TOKENS", 0)):
+    for name, value in (("LEAST_TOKENS", 16), ("LEAST_SAVED", 1), ("LEAST_SAVED_BYTES", 1), ("ENTRY_TOKENS", 0)):
         monkeypatch.setattr(shared_prefix, name, value)
     rng = random.Random(2)
     documents = [[rng.randrange(257) for _ in range(60)] for _ in range(4)]

@@ -92,7 +92,7 @@ def test_roofline_of_the_seed_workload():
 
 @pytest.mark.parametrize(
     ("options", "seconds"),
-    [({"kv_bytes": 1}, 2.097), ({"kv_bytes": 1, "weight_bytes": 1, "flops": 1400e12}, 1.876)],
+    [({"kv_bytes": 1}, 2.097), ({"kv_bytes": 1, "weight_bytes": 1, "linear_flops": 1400e12}, 1.920)],
 )
 def test_roofline_in_eight_bits(options, seconds):
     assert limit("seed", **options)[0].seconds == pytest.approx(seconds, abs=5e-4)
@@ -112,6 +112,7 @@ def test_roofline_of_experts():
     expert = 3 * 2048 * 768
     attention = 48 * (2048 * (4096 + 1024) + 4096 * 2048)
     alone = roofline.roofline(model, one, weight_bytes=1, bandwidth=1.0, flops=1e30)
+    assert alone.lm_head == pytest.approx(2 * lm_head + 2 * model.vocab_size)  # it stays as it is
     assert alone.weights == pytest.approx(attention + router + 48 * 8 * expert, rel=1e-9)
     assert alone.prefill * 1e30 == pytest.approx(2 * (alone.weights + lm_head + 4096 * 48), rel=1e-9)
     many = roofline.roofline(

@@ -153,7 +153,7 @@ def test_shared_prefixes_give_the_same_tokens(
     graphs_too: bool, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows with one instruction, two documents and something of their own, that come and go; preempted ones among them."""
-    for name, value in (("LEAST_TOKENS", 16), ("LEAST_SAVED", 1), ("LEAST_SAVED_STEP", 1), ("ENTRY_TOKENS", 0)):
+    for name, value in (("LEAST_TOKENS", 16), ("LEAST_SAVED", 1), ("LEAST_SAVED_BYTES", 1), ("ENTRY_TOKENS", 0)):
         monkeypatch.setattr(shared_prefix, name, value)
     monkeypatch.setattr(cuda_graph, "CAPTURE_AT", 1)
     monkeypatch.setattr(scheduler, "DECODE_RESERVE_TOKENS", 0)

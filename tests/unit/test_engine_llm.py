@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,10 @@ def test_text_and_token_id_prompts_are_the_same(llm: LLM, tokenizer: PreTrainedT
     mixed: list[Any] = [p if i % 2 else t for i, (p, t) in enumerate(zip(PROMPTS, ids, strict=True))]
     expected = [o["token_ids"] for o in greedy(llm, PROMPTS)]
     assert [o["token_ids"] for o in greedy(llm, mixed)] == expected
-    assert [o["token_ids"] for o in greedy(llm, [np.array(t) for t in ids])] == expected
+    for dtype in (np.int64, np.int32, np.uint16, object):
+        assert [o["token_ids"] for o in greedy(llm, [np.array(t, dtype) for t in ids])] == expected
+    assert [o["token_ids"] for o in greedy(llm, [np.repeat(t, 2).astype(np.int32)[::2] for t in ids])] == expected
+    assert [o["token_ids"] for o in greedy(llm, [array("q", t) for t in ids])] == expected
     assert [o["token_ids"] for o in greedy(llm, [tuple(t) for t in ids])] == expected
     assert greedy(llm, PROMPTS[0])[0]["token_ids"] == expected[0], "one string is one prompt"
 
@@ -149,6 +153,14 @@ BAD_PROMPTS: dict[str, tuple[Any, str]] = {
     "negative id": ([1, -1], "-1, which is not a token id"),
     "no id": ([1, "x"], "'x', which is not a token id"),
     "float id": ([1.0], "1.0, which is not a token id"),
+    "id of more bits": ([1, 2**40], "1099511627776, which is not a token id"),
+    "array past the vocabulary": (array("i", [1, 300]), "300, which is not a token id of this model (0 to 299)"),
+    "array of more bits": (array("q", [1, 2**32 + 1]), "4294967297, which is not a token id"),
+    "negative in an array": (np.array([1, -1]), "-1, which is not a token id"),
+    "array of floats": (np.array([1.0]), "1.0, which is not a token id"),
+    "array of arrays": (np.array([[1, 2]]), "[1, 2], which is not a token id"),
+    "array too long": (array("i", [5] * 200), "200 tokens, the most is 199"),
+    "empty array": (np.array([]), "empty"),
     "none": (None, "None"),
     "a number": (7, "7"),
     "no text": ("\ud800", "cannot be tokenized"),

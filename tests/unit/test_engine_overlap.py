@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanovllm import LLM, AsyncLLM, RequestOutput, SamplingParams
 from nanovllm.engine import scheduler as scheduler_module
@@ -303,6 +304,8 @@ def test_an_interrupted_call_leaves_the_engine_usable(
     at: int,
     overlap: bool,
 ) -> None:
+    if target is DeviceState and at == 7 and torch.cuda.is_available():
+        pytest.skip("on a GPU it is a node of the decode step's graph")
     (prompts, params), wanted = batches[1], expected[1]
     prompts, params, wanted = prompts[:10], params[:10], wanted[:10]
     llm = build(model, overlap, num_kvcache_blocks=24)

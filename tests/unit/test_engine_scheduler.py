@@ -201,7 +201,7 @@ class Simulation:
         assert 0 <= pending <= self.overlap
         known = len(seq.token_ids)
         assert len(self.tokens[seq.seq_id]) == known + pending
-        assert self.tokens[seq.seq_id][:known] == seq.token_ids
+        assert self.tokens[seq.seq_id][:known] == seq.token_ids.tolist()
         assert samples == (start + num_tokens == known + pending)
         assert seq.num_generated_tokens + pending + samples <= seq.max_new_tokens, "a token too many"
         if is_decode(item):
@@ -421,7 +421,7 @@ def test_thousands_of_crowded_steps(overlap: bool) -> None:
     assert sum(len(run.finished) < len(run.seqs) for run in runs) > 100, "hardly any aborts"
     for moment in ("surplus", "preempted_pending", "aborted_pending"):
         count = sum(getattr(run, moment) > 0 for run in runs)
-        assert count > 30 if overlap else count == 0, (moment, count)
+        assert count > 20 if overlap else count == 0, (moment, count)
 
 
 @both_ways

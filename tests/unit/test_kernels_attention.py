@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 from nanovllm.kernels import paged_decode as paged_decode_module
 from nanovllm.kernels.decode_step import advance, advance_torch, gather_decode, gather_decode_torch
-from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch, paged_prefill_torch
+from nanovllm.kernels.fp8_cache import quantize_rows
+from nanovllm.kernels.paged_attention import context_slots, gather_kv, paged_decode_torch, paged_prefill_torch
 from nanovllm.kernels.paged_decode import (
     ITEM_TILES,
     MIN_PART_TOKENS,
-    PROGRAMS_PER_SM,
     DecodeBuffers,
     decode_programs,
     decode_tile,
@@ -98,6 +98,7 @@ class Cache:
         self.case, self.lens = case, lens
         self.table, self.slots = table.int().to(DEVICE), slots.to(DEVICE)
         self.k, self.v = self.stored(values.to(DEVICE, dtype))
+        self.scales: torch.Tensor | None = None
 
     def stored(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values apart, as neighbours in each block, or with heads before tokens and gaps between rows."""
@@ -107,9 +108,21 @@ class Cache:
         elif self.case.layout == "interleaved":
             pool = values.new_empty(blocks, 2, block_size, heads, dim).transpose(0, 1)
         else:
-            pool = values.new_full((2, blocks, heads, block_size, dim + 16), math.nan).transpose(2, 3)[..., :dim]
+            gap = 0x7F if values.dtype == torch.uint8 else math.nan  # which is a NaN of eight bits
+            pool = values.new_full((2, blocks, heads, block_size, dim + 16), gap).transpose(2, 3)[..., :dim]
         pool.copy_(values)
         return pool[0], pool[1]
+
+    def quantize(self) -> None:
+        """Keys and values in eight bits from here on, those of a token between a thousandth and a thousand times what they were."""
+        generator = torch.Generator().manual_seed(1)
+        factors = 10 ** (torch.rand(2, *self.k.shape[:3], generator=generator) * 6 - 3)
+        factors[0] = factors[0].clamp(max=1)  # of keys: no single score may decide
+        values = torch.stack((self.k, self.v)) * factors[..., None].to(self.k)
+        rows, scales = quantize_rows(values)
+        stored = self.stored(rows.view(torch.uint8))
+        self.k, self.v = (cache.view(rows.dtype) for cache in stored)
+        self.scales = scales.permute(1, 3, 2, 0).contiguous()
 
     def queries(self, tokens: int, dtype: torch.dtype, seed: int, scale: float = 3.0) -> torch.Tensor:
         """Large enough that a few tokens take most of the weight."""
@@ -125,7 +138,11 @@ class Cache:
 
     @functools.cached_property
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.k.float().contiguous(), self.v.float().contiguous()
+        if self.scales is None:
+            return self.k.float().contiguous(), self.v.float().contiguous()
+        blocks, block_size = self.k.shape[:2]
+        every = torch.arange(blocks * block_size, device=DEVICE).view(blocks, block_size)
+        return gather_kv(self.k.contiguous(), self.v.contiguous(), self.scales, every, torch.float32)
 
     def attended(self, i: int, q: torch.Tensor, window: int = 0, softcap: float = 0.0) -> torch.Tensor:
         """What the last tokens of sequence `i` see, `q` [C, Hq, D], by the references in float32."""
@@ -142,6 +159,12 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     """`expected` is in float32; bfloat16's weights and results round to 8 bits."""
     tolerance = tolerance if actual.dtype == torch.float32 else 2e-2
     torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def assert_close_rows(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Rows of any size, each to a part of its largest value."""
+    largest = expected.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    assert_close(actual / largest.to(actual.dtype), expected / largest)
 
 
 def nans(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -194,6 +217,7 @@ def decoded(
         tile=tile,
         window=window,
         softcap=softcap,
+        scales=cache.scales,
     )
     assert padded[[0, -1]].isnan().all()
     assert not padded[1:-1][lens == 0].any()
@@ -430,8 +454,8 @@ def test_plan_decode_of_extremes(lens: list[int], programs: int, dtype: torch.dt
 def test_decode_programs_fill_the_device() -> None:
     sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count if GPU else paged_decode_module.DEFAULT_SMS
     for kv_heads in (1, 3, 8, 5000):
-        programs = decode_programs(kv_heads, DEVICE)
-        assert (programs - 1) * kv_heads < sms * PROGRAMS_PER_SM <= programs * kv_heads
+        programs = decode_programs(kv_heads, DEVICE, 2)
+        assert (programs - 1) * kv_heads < sms * 2 <= programs * kv_heads
     assert decode_programs(8, torch.device("cpu"), 1) == 17
 
 
@@ -470,6 +494,7 @@ def prefilled(
         num_warps=NUM_WARPS if block_m == BLOCK_M else 4,
         window=window,
         softcap=softcap,
+        scales=cache.scales,
     )
     assert out[:first_row].isnan().all() and out[end:].isnan().all(), "other rows are not touched"
     return out[first_row:end]
@@ -557,6 +582,37 @@ def test_paged_prefill_with_windows(dtype: torch.dtype, window: int, softcap: fl
         for i, (query_len, length) in enumerate(zip(query_lens, lens, strict=True)):
             hide(cache, i, length - query_len - window + 1)
     assert_close(prefilled(cache, q, query_lens, 0, block_m, block_n, window, softcap), expected)
+
+
+@needs_triton
+@each_dtype
+@pytest.mark.parametrize(
+    ("case", "window", "softcap"),
+    [
+        (Case(64, 16, 2, 2, "apart"), 0, 0.0),
+        (Case(80, 64, 5, 1, "heads first"), 0, 0.0),
+        (Case(128, 256, 8, 1, "interleaved"), 40, 0.0),
+        (Case(256, 32, 1, 2, "apart"), 0, 5.0),
+    ],
+)
+def test_a_cache_in_eight_bits(
+    dtype: torch.dtype, case: Case, window: int, softcap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the scales are, attention is that over the values as they are stored."""
+    monkeypatch.setattr(paged_decode_module, "MIN_PART_TOKENS", 1)
+    query_lens, lens = some_chunks(random.Random(window))
+    cache = Cache(case, [*lens, 0], dtype, 1)
+    cache.quantize()
+    q = cache.queries(len(lens) + 1, dtype, 2)
+    expected = attended_by_all(cache, q, window, softcap)
+    for programs in (1, 12):
+        buffers = buffers_for(case, len(lens) + 1, 12)
+        tile = decode_tile(case.dim, cache.k.dtype)
+        out = decoded(cache, q, programs, buffers, tile, window=window, softcap=softcap)
+        assert_close_rows(out, expected)
+    q = cache.queries(sum(query_lens), dtype, 3)
+    out = prefilled(cache, q, [*query_lens, 0], window=window, softcap=softcap)
+    assert_close_rows(out, prefill_reference(cache, q, [*query_lens, 0], window, softcap))
 
 
 def some_chunks(rng: random.Random) -> tuple[list[int], list[int]]:

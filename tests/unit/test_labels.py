@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM, AsyncLLM, RequestOutput, SamplingParams
 from nanovllm.engine.labels import label_paths
-from tests.models import make_model
+from tests.models import make_model, needs_two_ranks
 
 LABELS = {
     "one token": ["a", "b", "c", "d"],
@@ -85,6 +85,7 @@ def test_labels_beside_other_requests(llm: LLM, chat_model_dir: Path) -> None:
     assert max(output["num_cached_tokens"] for output in outputs) == 48
 
 
+@needs_two_ranks
 def test_labels_of_two_ranks_and_through_the_async_engine(chat_model_dir: Path) -> None:
     engine = AsyncLLM(str(chat_model_dir), kvcache_block_size=16, tensor_parallel_size=2)
     try:

@@ -12,9 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams, UserError
-from nanovllm.kernels.lora import lora_add, lora_add_torch
+from nanovllm.kernels.activation import silu_and_mul_torch
+from nanovllm.kernels.lora import (
+    LowRank,
+    column_tiles,
+    group_adapters,
+    lora_add,
+    lora_add_torch,
+    part_columns,
+    shrink,
+)
+from nanovllm.kernels.skinny_linear import SkinnyTiles, skinny_linear, skinny_linear_torch
 from nanovllm.kernels.triton_compat import HAS_TRITON
-from tests.models import make_model
+from tests.models import make_model, needs_two_ranks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPT = list(range(5, 45))
@@ -83,7 +93,11 @@ def generate(model: Path, adapters: list[str | None], **options: Any) -> list[di
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"tensor_parallel_size": 2}, {"max_num_seqs": 2, "max_num_batched_tokens": 16}],
+    [
+        {},
+        pytest.param({"tensor_parallel_size": 2}, marks=needs_two_ranks),
+        {"max_num_seqs": 2, "max_num_batched_tokens": 16},
+    ],
     ids=["one", "ranks", "chunks"],
 )
 def test_each_row_has_its_own_model(models: dict[str, Path], options: dict[str, Any]) -> None:
@@ -175,6 +189,42 @@ def test_the_kernel_equals_its_reference(tokens: int, features: int, starts: lis
     for adapters in (torch.randint(-1, count, (tokens,), generator=generator), torch.full((tokens,), -1)):
         index = adapters.int().to(DEVICE)
         expected = lora_add_torch(x, out.clone(), a, b, index, starts)
-        found = lora_add(x, out.clone(), a, b, index, starts)
+        found = lora_add(x, out.clone(), a, b, group_adapters(index, count), column_tiles(starts, index.device))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
         assert torch.equal(found[index < 0], out[index < 0])
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize(
+    ("tokens", "features", "starts", "rank", "count", "splits", "gated"),
+    [
+        (70, 128, [0, 64, 96, 160], 16, 3, 1, False),
+        (5, 1100, [0, 64], 32, 5, 1, False),  # the low rank in parts, more columns than are taken at a time
+        (33, 128, [0, 64], 16, 2, 2, False),
+        (20, 64, [0, 64, 128], 16, 8, 1, True),
+    ],
+)
+def test_a_product_can_end_in_the_adapters(
+    tokens: int, features: int, starts: list[int], rank: int, count: int, splits: int, gated: bool
+) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    features = -(-features // 64) * 64
+    x, weight, bias = randn(tokens, features), randn(starts[-1], features) / features**0.5, randn(starts[-1])
+    a, b = randn(count, (len(starts) - 1) * rank, features) / features**0.5, randn(count, starts[-1], rank)
+    index = torch.randint(-1, count, (tokens,), generator=generator).int().to(DEVICE)
+    low = shrink(x, a, rank, group_adapters(index, count), x_is_old=False)
+    low[:, index < 0] = float("nan")
+    added = LowRank(low, b, index, part_columns(starts, index.device))
+    tiles = SkinnyTiles(32, 32, splits, 2, 4)
+    found = skinny_linear(x, weight, tiles, bias, gated=gated, low_rank=added)
+    torch.testing.assert_close(
+        found, skinny_linear_torch(x, weight, tiles, bias, gated=gated, low_rank=added), rtol=1e-4, atol=1e-4
+    )
+    whole = lora_add_torch(x, torch.nn.functional.linear(x, weight, bias), a, b, index, starts)
+    if gated:
+        whole = silu_and_mul_torch(whole)
+    torch.testing.assert_close(found.sum(0) if splits > 1 else found, whole, rtol=1e-4, atol=1e-3)

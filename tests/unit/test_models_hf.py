@@ -21,7 +21,7 @@ from nanovllm.engine import scheduler
 from nanovllm.kernels.triton_compat import HAS_TRITON
 from nanovllm.layers.backends import triton_backend
 from nanovllm.outputs import RequestOutput
-from tests.models import make_model
+from tests.models import make_model, needs_two_ranks
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
@@ -269,6 +269,7 @@ def test_chunked_prefill(reference: Reference) -> None:
     assert llm.steps > sum(map(len, reference.prompts)) // 14
 
 
+@needs_two_ranks
 @pytest.mark.parametrize("name", TP_CASES)
 def test_two_ranks(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     reference = make_reference(name, tmp_path_factory.getbasetemp())
@@ -296,6 +297,7 @@ def test_windows_and_softcaps_by_the_kernels(
     assert [o["token_ids"] for o in outputs] == [row[:4] for row in reference.expected[some]]
 
 
+@needs_two_ranks
 def test_two_ranks_with_an_experts_half_each(tmp_path_factory: pytest.TempPathFactory) -> None:
     reference = make_reference("qwen3-moe-mqa", tmp_path_factory.getbasetemp())
     llm = LLM(str(reference.path), tensor_parallel_size=2, enable_expert_parallel=True, kvcache_block_size=16)

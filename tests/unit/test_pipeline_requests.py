@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def prompts_of(
     """Prompts as text (through a chat template, as it reads), or what is wrong."""
     found = requests_of(table, tokenizer, prompt=prompt)
     prompts = [row if isinstance(row, str) else row[0] for row in found]
-    return [prompt.text if isinstance(prompt, Rendered) else prompt for prompt in prompts]
+    texts = [prompt.text if isinstance(prompt, Rendered) else prompt for prompt in prompts]
+    return [prompt if isinstance(prompt, str) else list(prompt) for prompt in texts]
 
 
 # Prompts
@@ -79,6 +81,42 @@ def prompts_of(
 def test_a_column_of_text_or_of_token_ids() -> None:
     assert prompts_of(TABLE) == ["the fox", "the dog", "prompt is null"]
     assert prompts_of(TABLE, column="ids") == [[5, 6], "prompt is empty", "prompt is null"]
+
+
+@pytest.mark.parametrize("lists", [pa.list_, pa.large_list, pa.list_view, lambda item: pa.list_(item, 3)])
+@pytest.mark.parametrize("item", [pa.int8(), pa.uint16(), pa.int32(), pa.int64(), pa.uint64()])
+def test_token_ids_of_every_integer_type(lists: Callable[[pa.DataType], pa.DataType], item: pa.DataType) -> None:
+    """Wherever they begin in a file's pages, and whatever lies under a list that is null."""
+    fixed = pa.types.is_fixed_size_list(lists(item))
+    values = [None if number % 5 == 3 else [number, 100 - number, 7] for number in range(40)]
+    if not fixed:
+        values = [value and value[: number % 4] for number, value in enumerate(values)]
+    column = pa.chunked_array([pa.array(values[:11], lists(item)), pa.array(values[11:], lists(item))])
+    table = pa.table({"ids": column.slice(2, 30)})
+    expected = [value or ("prompt is null" if value is None else "prompt is empty") for value in values[2:32]]
+    assert prompts_of(table, column="ids") == expected
+
+
+def test_a_null_list_that_lies_over_numbers() -> None:
+    ids = pa.ListArray.from_arrays([0, 2, 4, 5], pa.array([1, 2, 3, 4, 5]), mask=pa.array([False, True, False]))
+    assert prompts_of(pa.table({"ids": ids}), column="ids") == [[1, 2], "prompt is null", [5]]
+
+
+def test_a_null_among_token_ids_is_for_the_engine_to_refuse() -> None:
+    table = pa.table({"ids": pa.array([[5, None], [6]], pa.list_(pa.int32()))})
+    assert prompts_of(table, column="ids") == [[5, None], [6]]
+
+
+def test_a_template_sees_lists_of_numbers_as_lists() -> None:
+    assert prompts_of(TABLE, template="{{ ids }}")[0] == "[5, 6]"
+
+
+def test_the_seed_of_token_ids_is_that_of_the_list() -> None:
+    """The predictor's seeds come from it: a result must not change with how a column is read. Long ones are not cut."""
+    long = list(range(2000))
+    table = pa.table({"ids": pa.array([long], pa.list_(pa.int32()))})
+    requests = Requests(job(prompt={"column": "ids"}), table.schema)
+    assert requests.key(requests.rows(table)[0]) == str(long)
 
 
 def test_messages(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -7,7 +7,8 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,87 @@ def test_every_row_gets_its_own_seed() -> None:
 
     values: list[object] = [f"row {number}" for number in range(150)]
     assert [row.error for row in run(Echo(), values)] == [f"{value} {row_seed(0, str(value))}" for value in values]
+
+
+class HeldEngine(DyingEngine):
+    """Ends no row by itself."""
+
+    def __init__(self, rows: int) -> None:
+        self.futures: list[Future[RequestOutput]] = []
+        self.has_all = threading.Event()
+        self._rows = rows
+
+    def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
+        self.futures.append(Future())
+        if len(self.futures) == self._rows:
+            self.has_all.set()
+        return self.futures[-1]
+
+
+async def run_held(
+    engine: HeldEngine, rows: int, done: Callable[[int, RowResult], None], then: Callable[[asyncio.Task[None]], None]
+) -> None:
+    """Run some rows; `then` is called on the event loop when the engine has them all."""
+    requests = Requests(Settings(SamplingParams()), pa.schema([("prompt", pa.string())]))
+    path = RowPath(engine, "error")  # type: ignore[arg-type]
+    task = asyncio.create_task(path.run(requests, [{"prompt": "a"}] * rows, [0] * rows, done))
+    await asyncio.get_running_loop().run_in_executor(None, engine.has_all.wait, 60)
+    await asyncio.sleep(0.1)  # the row path's own threads are done
+    then(task)
+    await task
+
+
+def test_rows_that_end_together_wake_the_event_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To wake it costs the engine's thread a wait for Python's lock."""
+    engine, found, wakes = HeldEngine(500), dict[int, RowResult](), []
+
+    def end(task: asyncio.Task[None]) -> None:
+        monkeypatch.setattr(task.get_loop(), "call_soon_threadsafe", lambda call: wakes.append(call))
+        for number, future in enumerate(engine.futures):
+            future.set_result(error_output(f"row {number}"))
+        monkeypatch.undo()
+        task.get_loop().call_soon(wakes[0])
+
+    asyncio.run(run_held(engine, 500, found.__setitem__, end))
+    assert [found[number].error for number in range(500)] == [f"row {number}" for number in range(500)]
+    assert len(wakes) == 1
+
+
+def test_calls_are_served_one_after_another() -> None:
+    """Else they would all end at about the same time, and the engine run empty before new ones have begun."""
+    served: list[str] = []
+
+    class Noting(DyingEngine):
+        def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
+            served.append(str(prompt))
+            return super().submit(prompt, params)
+
+    async def run() -> None:
+        requests = Requests(Settings(SamplingParams()), pa.schema([("prompt", pa.string())]))
+        path = RowPath(Noting(), "error")  # type: ignore[arg-type]
+        rows = [[{"prompt": name}] * 300 for name in "abc"]
+        await asyncio.gather(*(path.run(requests, some, [0] * 300, lambda *_: None) for some in rows))
+
+    asyncio.run(run())
+    assert served == ["a"] * 300 + ["b"] * 300 + ["c"] * 300
+
+
+@pytest.mark.parametrize("why", ["cancelled", "done raises"])
+def test_rows_that_nobody_waits_for_are_cancelled(why: str) -> None:
+    engine = HeldEngine(100)
+
+    def done(position: int, result: RowResult) -> None:
+        raise KeyError("no place for it")
+
+    def end(task: asyncio.Task[None]) -> None:
+        if why == "cancelled":
+            task.cancel()
+        else:
+            engine.futures[3].set_result(error_output("first"))
+
+    with pytest.raises(asyncio.CancelledError if why == "cancelled" else KeyError):
+        asyncio.run(run_held(engine, 100, done, end))
+    assert [future.cancelled() for future in engine.futures].count(False) == (why != "cancelled")
 
 
 def test_a_dead_engine_is_an_exception() -> None:

@@ -22,6 +22,7 @@ from nanovllm.engine import scheduler
 from nanovllm.kernels.filter_logits import filter_logits, filter_logits_torch
 from nanovllm.kernels.sampling import gumbel_noise
 from nanovllm.kernels.triton_compat import HAS_TRITON
+from tests.models import TWO_RANKS
 
 NUM_TOKENS = 12
 
@@ -141,7 +142,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "overlapped": {},
     "one step at a time": {"async_scheduling": False},
     "preempted, in chunks": {"num_kvcache_blocks": 6, "max_num_batched_tokens": 9},
-    "two ranks": {"tensor_parallel_size": 2},
+    **({"two ranks": {"tensor_parallel_size": 2}} if TWO_RANKS else {}),
 }
 
 

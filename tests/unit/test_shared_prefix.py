@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from nanovllm.engine import shared_prefix
 from nanovllm.engine.shared_prefix import find_shared
 from nanovllm.kernels import paged_decode as paged_decode_module
+from nanovllm.kernels.fp8_cache import quantize_rows
 from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch
 from nanovllm.kernels.paged_decode import decode_tile, make_decode_buffers, paged_decode, plan_decode
 from nanovllm.kernels.shared_prefix import (
@@ -22,7 +24,7 @@ from nanovllm.kernels.shared_prefix import (
     members_of_tile,
 )
 from nanovllm.kernels.triton_compat import HAS_TRITON
-from nanovllm.utils.prefixes import Capacity, SharedPrefixes
+from nanovllm.utils.prefixes import MOST_LEVELS, Capacity, SharedPrefixes, SharingShape
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -93,11 +95,13 @@ def test_what_sequences_share(seed: int, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(shared_prefix, "LEAST_SAVED", rng.choice([1, 100]))
     monkeypatch.setattr(shared_prefix, "LEAST_PART", rng.choice([16, 64, 256]))
     tree = Tree(rng, rng.choice([2, 5, 30, 120]), rng.choice([16, 64]))
-    tile, capacity = rng.choice([1, 4, 32]), Capacity(100_000, 1000, 100_000)
-    found = find_shared(tree.tables, tree.lens, tree.slots, tree.block_size, tile, capacity, least_saved=1)
+    shape = SharingShape(rng.choice([1, 4, 32]), rng.choice([1, 20, 200]), 1)
+    # With one part of each stretch there is room.
+    capacity = Capacity(1000, 1000, rng.choice([MOST_LEVELS * len(tree.slots), 100_000]))
+    found = find_shared(tree.tables, tree.lens, tree.slots, tree.block_size, shape, capacity, least_saved=1)
     alone = len({path[0] for path in tree.paths}) == len(tree.paths)
     if found is not None:
-        check(tree, found, tile, capacity)
+        check(tree, found, shape.tile, capacity)
     assert not (alone and found is not None)
 
 
@@ -112,12 +116,13 @@ def test_two_levels_and_what_is_not_worth_it() -> None:
     tables = np.full((32, 30), 5, dtype=np.int32)
     for row, path in zip(tables, paths, strict=True):
         row[: len(path)] = path
-    arguments = (tables, lens, np.arange(32), size, 32)
+    arguments = (tables, lens, np.arange(32), size, SharingShape(32, 33, 1))
     found = find_shared(*arguments, Capacity.of(32), 1)
     assert found is not None
     assert found.rows[1].tolist() == [16 * size] * 8 + [26 * size] * 24
     assert found.saved == 31 * 16 * size + 3 * 7 * 10 * size
-    assert find_shared(*arguments, Capacity(3, 1000, 1000), 1) is None, "there is no room for it"
+    few = find_shared(*arguments, Capacity(4, 1000, 1000), 1)
+    assert few is not None and len(few.items) == 4 < len(found.items), "room for one part of each"
     assert find_shared(*arguments, Capacity.of(32), found.saved + 1) is None
     tables[:] = np.arange(32 * 30).reshape(32, 30)
     assert find_shared(*arguments, Capacity.of(32), 1) is None
@@ -125,8 +130,13 @@ def test_two_levels_and_what_is_not_worth_it() -> None:
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize(
-    ("seed", "block_size", "group", "kv_heads", "dim", "programs", "softcap"),
-    [(0, 16, 2, 2, 64, 1, 0.0), (1, 32, 5, 1, 80, 40, 0.0), (2, 64, 1, 2, 64, 6, 20.0), (3, 16, 8, 1, 128, 90, 0.0)],
+    ("seed", "block_size", "group", "kv_heads", "dim", "programs", "softcap", "fp8"),
+    [
+        (0, 16, 2, 2, 64, 1, 0.0, False),
+        (1, 32, 5, 1, 80, 40, 0.0, True),
+        (2, 64, 1, 2, 64, 6, 20.0, False),
+        (3, 16, 8, 1, 128, 90, 0.0, False),
+    ],
 )
 def test_attention_equals_the_plain_one(
     seed: int,
@@ -136,20 +146,27 @@ def test_attention_equals_the_plain_one(
     dim: int,
     programs: int,
     softcap: float,
+    fp8: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in (("LEAST_TOKENS", 1), ("LEAST_SAVED", 1), ("ENTRY_TOKENS", 0), ("LEAST_PART", 32)):
         monkeypatch.setattr(shared_prefix, name, value)
     monkeypatch.setattr(paged_decode_module, "MIN_PART_TOKENS", 1)
+    monkeypatch.setattr(paged_decode_module, "SHARED_VALUES", 1)  # fewer at a time than there are
     rng = random.Random(seed)
     found = None
     while found is None or found.rows[3].max() < 2:  # a random tree may share nothing
         tree = Tree(rng, 9, block_size, longest=3)
         room = Capacity(500, 500, 500)
-        found = find_shared(tree.tables, tree.lens, tree.slots, block_size, members_of_tile(group), room, least_saved=1)
+        shape = SharingShape(members_of_tile(group), 33, 1)
+        found = find_shared(tree.tables, tree.lens, tree.slots, block_size, shape, room, least_saved=1)
     generator = torch.Generator().manual_seed(seed)
     blocks, heads = int(tree.tables.max()) + 2, group * kv_heads
     k, v = torch.randn(2, blocks, block_size, kv_heads, dim, generator=generator).to(DEVICE)
+    scales = None
+    if fp8:
+        (k, v), row_scales = quantize_rows(torch.stack((k, v * 100)))
+        scales = row_scales.permute(1, 3, 2, 0).contiguous()
     q = (2 * torch.randn(9, heads, dim, generator=generator)).to(DEVICE)
     table = torch.zeros(20, tree.tables.shape[1], dtype=torch.int32, device=DEVICE)
     table[tree.slots] = torch.from_numpy(tree.tables).to(DEVICE)
@@ -164,12 +181,13 @@ def test_attention_equals_the_plain_one(
                 None,
                 dim**-0.5,
                 softcap,
+                scales,
             )
             for row, length in enumerate(tree.lens)
         ]
     )
     tile = decode_tile(dim, torch.float32)
-    for attend in (attend_shared_torch, attend_shared):
+    for attend in (attend_shared_torch, partial(attend_shared, programs=3)):
         shared = make_shared_buffers(500, 500, 500, 20, heads, dim, DEVICE)
         shared.out.fill_(float("nan"))
         shared.lse.fill_(float("nan"))
@@ -178,12 +196,14 @@ def test_attention_equals_the_plain_one(
         out = torch.full_like(q, float("nan"))
         plan_decode(slots, lens, programs, buffers, tile, shared=shared)
         assert shared.rows[slots].tolist() == list(range(9))
-        attend(q, k, v, table, shared, dim**-0.5, softcap)
-        paged_decode(q, k, v, table, programs, buffers, dim**-0.5, out, tile=tile, softcap=softcap, shared=shared)
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        attend(q, k, v, table, shared, dim**-0.5, softcap, scales)
+        options = {"tile": tile, "softcap": softcap, "shared": shared, "scales": scales}
+        paged_decode(q, k, v, table, programs, buffers, dim**-0.5, out, **options)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4 * (100 if fp8 else 1))
 
 
 def load(buffers: SharedBuffers, found: SharedPrefixes) -> None:
+    buffers.num_items[0] = len(found.items)
     buffers.items[: len(found.items)] = torch.from_numpy(found.items).to(DEVICE)
     buffers.members[: len(found.members)] = torch.from_numpy(found.members).to(DEVICE)
     slots, *numbers = torch.from_numpy(found.rows).to(DEVICE)

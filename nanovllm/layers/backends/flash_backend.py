@@ -80,9 +80,16 @@ class FlashBackend(AttentionBackend):
         return FlashPlan(batch.decode_lens.int(), batch.block_tables[batch.decode_slots], chunks)
 
     def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: FlashPlan, spec: AttentionSpec
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        plan: FlashPlan,
+        spec: AttentionSpec,
+        scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
+        assert scales is None  # `EngineConfig` refuses them
         decodes, chunks = len(plan.decode_lens), plan.chunks
         options: dict[str, Any] = {"softmax_scale": spec.scale, "causal": True}
         if spec.window:  # tokens before the query's own, and after it

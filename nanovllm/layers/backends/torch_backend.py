@@ -92,12 +92,13 @@ class TorchBackend(AttentionBackend):
         v_cache: torch.Tensor,
         plan: dict[int, TorchPlan],
         spec: AttentionSpec,
+        scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
         scale, window, softcap = spec
         out = torch.empty_like(q)
         for start, end, slots, mask in plan[window].decodes:
-            out[start:end] = paged_decode_torch(q[start:end], k_cache, v_cache, slots, mask, scale, softcap)
+            out[start:end] = paged_decode_torch(q[start:end], k_cache, v_cache, slots, mask, scale, softcap, scales)
         for start, end, slots, _ in plan[window].prefills:
-            out[start:end] = paged_prefill_torch(q[start:end], k_cache, v_cache, slots, scale, window, softcap)
+            out[start:end] = paged_prefill_torch(q[start:end], k_cache, v_cache, slots, scale, window, softcap, scales)
         return out

@@ -10,6 +10,7 @@ import torch
 
 from nanovllm.kernels.paged_decode import (
     DecodeBuffers,
+    decode_launch,
     decode_programs,
     decode_tile,
     make_decode_buffers,
@@ -20,7 +21,7 @@ from nanovllm.kernels.paged_decode import (
 from nanovllm.kernels.paged_prefill import most_prefill_tiles, paged_prefill, prefill_tiles
 from nanovllm.kernels.shared_prefix import SharedBuffers, attend_shared, make_shared_buffers, members_of_tile
 from nanovllm.layers.attention import AttentionBatch, AttentionSpec, Ints, SharingBackend
-from nanovllm.utils.prefixes import Capacity, SharedPrefixes
+from nanovllm.utils.prefixes import Capacity, SharedPrefixes, SharingShape
 from nanovllm.utils.transfer import to_device
 
 
@@ -40,7 +41,8 @@ class TritonBackend(SharingBackend):
     def prepare(self) -> None:
         """Buffers for the largest step."""
         self.tile = decode_tile(self.head_dim, self.dtype)
-        self.programs = decode_programs(self.num_kv_heads, self.device)
+        self.launch = decode_launch(self.dtype)
+        self.programs = decode_programs(self.num_kv_heads, self.device, self.launch.programs_per_sm)
         self.buffers = make_decode_buffers(
             self.max_num_seqs, self.programs, self.num_heads, self.num_kv_heads, self.head_dim, self.device
         )
@@ -54,9 +56,12 @@ class TritonBackend(SharingBackend):
         super().add_window(window)
 
     @classmethod
-    def shared_tile(cls, group: int) -> int:
-        """See `SharingBackend.shared_tile`."""
-        return members_of_tile(group)
+    def sharing_shape(cls, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> SharingShape:
+        """See `SharingBackend.sharing_shape`. Whoever plans may have no GPU to ask how many programs it runs."""
+        items = decode_programs(num_kv_heads, torch.device("cpu"), decode_launch(dtype).programs_per_sm)
+        return SharingShape(
+            members_of_tile(num_heads // num_kv_heads), items, 2 * num_kv_heads * head_dim * dtype.itemsize
+        )
 
     def enable_sharing(self, capacity: Capacity, slots: int) -> None:
         """See `SharingBackend.enable_sharing`."""
@@ -66,12 +71,12 @@ class TritonBackend(SharingBackend):
         """See `SharingBackend.load_shared`."""
         buffers = self.shared
         assert buffers is not None
-        items = np.zeros(buffers.items.shape, dtype=np.int32)
-        items[: len(shared.items)] = shared.items
-        sizes = [items.size, len(shared.members), shared.rows.size]
-        packed = to_device(np.concatenate((items.ravel(), shared.members, shared.rows.ravel())), self.device)
-        items_, members, rows = packed.split(sizes)
-        buffers.items.copy_(items_.view_as(buffers.items))
+        count = np.array([len(shared.items)], dtype=np.int32)
+        arrays = (count, shared.items.ravel(), shared.members, shared.rows.ravel())
+        packed = to_device(np.concatenate(arrays), self.device)
+        num_items, items, members, rows = packed.split([array.size for array in arrays])
+        buffers.num_items.copy_(num_items)
+        buffers.items.view(-1)[: len(items)].copy_(items)
         buffers.members[: len(members)].copy_(members)
         slots, *numbers = rows.view(4, -1)
         for target, own in zip((buffers.skipped, buffers.entries, buffers.counts), numbers, strict=True):
@@ -103,7 +108,13 @@ class TritonBackend(SharingBackend):
         return most_prefill_tiles(tokens, chunks, self.num_heads // self.num_kv_heads)
 
     def attend(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: TritonPlan, spec: AttentionSpec
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        plan: TritonPlan,
+        spec: AttentionSpec,
+        scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
         batch = plan.batch
@@ -112,7 +123,18 @@ class TritonBackend(SharingBackend):
         if decodes:
             shared = self.shared if batch.shares and not spec.window else None
             if shared is not None:
-                attend_shared(q[:decodes], k_cache, v_cache, batch.block_tables, shared, spec.scale, spec.softcap)
+                attend_shared(
+                    q[:decodes],
+                    k_cache,
+                    v_cache,
+                    batch.block_tables,
+                    shared,
+                    spec.scale,
+                    spec.softcap,
+                    scales,
+                    programs=self.programs,
+                    other_kernel_between=True,  # the one that stores the keys
+                )
             paged_decode(
                 q[:decodes],
                 k_cache,
@@ -123,9 +145,11 @@ class TritonBackend(SharingBackend):
                 spec.scale,
                 out[:decodes],
                 tile=self.tile,
+                launch=self.launch,
                 window=spec.window,
                 softcap=spec.softcap,
                 shared=shared,
+                scales=scales,
                 other_kernel_between=True,  # the one that stores the keys
             )
         if plan.tiles is not None:
@@ -139,5 +163,6 @@ class TritonBackend(SharingBackend):
                 out,
                 window=spec.window,
                 softcap=spec.softcap,
+                scales=scales,
             )
         return out
