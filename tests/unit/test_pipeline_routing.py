@@ -132,11 +132,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     documents = ["".join(rng.choice("abcdef ") for _ in range(200)) for _ in range(DOCUMENTS)]
     which = [number % DOCUMENTS for number in range(ROWS)]
     rng.shuffle(which)
+    prompts = [None if n % 30 == 7 else f"{documents[d]} row {n:04}" for n, d in enumerate(which)]
     table = pa.table(
         {
             "id": range(ROWS),
             "doc": [f"d{document}" for document in which],
-            "prompt": [None if n % 30 == 7 else f"{documents[d]} row {n:04}" for n, d in enumerate(which)],
+            "prompt": prompts,
+            "ids": [prompt and list(prompt.encode()) for prompt in prompts],
             "view": pa.array([f"v{number}" for number in range(ROWS)], pa.string_view()),
             "kind": pa.array([f"k{number % 4}" for number in range(ROWS)]).dictionary_encode(),
             "where": pa.array([{"x": number, "y": None} for number in range(ROWS)]),
@@ -275,13 +277,16 @@ class Bytes:
         return list(text.encode())
 
 
-@pytest.mark.parametrize("flops", [1e5, 1e15])
-def test_a_sample_decides(root: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, flops: float) -> None:
+@pytest.mark.parametrize(("flops", "column"), [(1e5, "ids"), (1e15, "prompt")])
+def test_a_sample_decides(
+    root: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, flops: float, column: str
+) -> None:
     """A slow engine saves more than the passes cost, a fast one does not."""
     monkeypatch.setattr(pipelines.routing, "_cores", lambda: 2)
     monkeypatch.setattr(pipelines.routing, "CORE_FLOPS", flops)
     engine = {"kvcache_block_size": 16, "num_kvcache_blocks": 40}
-    job = Little(root, "routed", model=str(model_dir), engine=engine, run={"prefix_sort": "auto"})
+    prompt = {"column": column}
+    job = Little(root, "routed", model=str(model_dir), engine=engine, prompt=prompt, run={"prefix_sort": "auto"})
     routing = Routing(job.config, job.stage, job.shards, job.output)
     job.output.create({}, job.dataset.format, job.schema, job.shards)
     said: list[str] = []
