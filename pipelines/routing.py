@@ -271,7 +271,7 @@ class Routing:
         if engine.num_kvcache_blocks > 0:
             cached = engine.num_kvcache_blocks * engine.kvcache_block_size
         rows = [
-            [ids for row in requests.rows(table) if (ids := _token_ids(requests, row, tokenizer))]
+            [ids for row in requests.rows(table) if (ids := _token_ids(requests, row, tokenizer)) is not None]
             for table in stretches
         ]
         return estimate(rows, self._starts[-1], engine.kvcache_block_size, cached, max(1, engines))

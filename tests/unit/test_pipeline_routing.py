@@ -132,11 +132,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     documents = ["".join(rng.choice("abcdef ") for _ in range(200)) for _ in range(DOCUMENTS)]
     which = [number % DOCUMENTS for number in range(ROWS)]
     rng.shuffle(which)
+    prompts = [None if n % 30 == 7 else f"{documents[d]} row {n:04}" for n, d in enumerate(which)]
     table = pa.table(
         {
             "id": range(ROWS),
             "doc": [f"d{document}" for document in which],
-            "prompt": [None if n % 30 == 7 else f"{documents[d]} row {n:04}" for n, d in enumerate(which)],
+            "prompt": prompts,
+            "ids": [prompt and list(prompt.encode()) for prompt in prompts],
             "view": pa.array([f"v{number}" for number in range(ROWS)], pa.string_view()),
             "kind": pa.array([f"k{number % 4}" for number in range(ROWS)]).dictionary_encode(),
             "where": pa.array([{"x": number, "y": None} for number in range(ROWS)]),
@@ -217,8 +219,9 @@ def test_any_order_has_every_row_once(root: Path) -> None:
     assert tables[0].schema == tables[1].schema
     assert tables[1]["id"].to_pylist() != list(range(ROWS))
     assert sorted(tables[1].to_pylist(), key=lambda row: int(row["id"])) == tables[0].to_pylist()
-    documents = tables[1]["doc"].to_pylist()
-    assert sum(one != other for one, other in pairwise(documents)) == DOCUMENTS - 1
+    places = list(zip(tables[1]["doc"].to_pylist(), tables[1]["id"].to_pylist(), strict=True))
+    assert sum(one != other for (one, _), (other, _) in pairwise(places)) == DOCUMENTS - 1
+    assert all(one[1] < other[1] for one, other in pairwise(places) if one[0] == other[0])  # of a document as ever
 
 
 def test_killed_at_any_file_it_ends_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,8 +256,10 @@ def test_killed_at_any_file_it_ends_the_same(root: Path, monkeypatch: pytest.Mon
     assert sum(map(len, routed.prompts)) <= ROWS  # what is done is not done again
 
 
-def test_what_is_decided_stays_decided(root: Path) -> None:
+def test_what_is_decided_stays_decided(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Little(root, "routed", run=ROUTES["group_by"])
+    job.run()
+    monkeypatch.setattr(pipelines.routing, "make_run", lambda *given: pytest.fail("rows are together already"))
     job.run()
     routing = Routing(job.config, job.stage, job.shards, job.output)
     assert routing.found() is not None
@@ -272,13 +277,16 @@ class Bytes:
         return list(text.encode())
 
 
-@pytest.mark.parametrize("flops", [1e5, 1e15])
-def test_a_sample_decides(root: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, flops: float) -> None:
+@pytest.mark.parametrize(("flops", "column"), [(1e5, "ids"), (1e15, "prompt")])
+def test_a_sample_decides(
+    root: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, flops: float, column: str
+) -> None:
     """A slow engine saves more than the passes cost, a fast one does not."""
     monkeypatch.setattr(pipelines.routing, "_cores", lambda: 2)
     monkeypatch.setattr(pipelines.routing, "CORE_FLOPS", flops)
     engine = {"kvcache_block_size": 16, "num_kvcache_blocks": 40}
-    job = Little(root, "routed", model=str(model_dir), engine=engine, run={"prefix_sort": "auto"})
+    prompt = {"column": column}
+    job = Little(root, "routed", model=str(model_dir), engine=engine, prompt=prompt, run={"prefix_sort": "auto"})
     routing = Routing(job.config, job.stage, job.shards, job.output)
     job.output.create({}, job.dataset.format, job.schema, job.shards)
     said: list[str] = []
@@ -404,7 +412,7 @@ def test_a_cache_that_holds_all_leaves_little_to_save() -> None:
     rows = [number // 8 for number in range(4000)]
     random.Random(1).shuffle(rows)
     small, large = (estimate(sampled(rows), 4000, 64, tokens, engines=2) for tokens in (20_000, 10_000_000))
-    assert large.saved < 0.2 * small.saved
+    assert 0.02 * small.saved < large.saved < 0.2 * small.saved  # both engines compute most documents
     assert estimate(sampled(rows), 4000, 64, 10_000_000, engines=1).saved == pytest.approx(0)
 
 
