@@ -21,6 +21,8 @@ from nanovllm.engine.shared_prefix import find_shared
 from nanovllm.kernels import fused_moe, lora, paged_decode
 from nanovllm.kernels.fused_moe import MoeTiles, ProductTiles
 from nanovllm.kernels.grouping import group_rows
+from nanovllm.kernels.quantize import quantize_rows
+from nanovllm.kernels.scaled_linear import GROUP
 from nanovllm.kernels.shared_prefix import attend_shared, members_of_tile
 from nanovllm.layers.attention import AttentionBatch, AttentionSpec
 from nanovllm.layers.backends.triton_backend import TritonBackend
@@ -124,6 +126,37 @@ def moe_section() -> list[Row]:
         down = torch.randn(layers, experts, hidden, size, device=DEVICE, dtype=DTYPE) * size**-0.5
         for tokens in token_counts:
             rows += _moe_rows(name, shape, tokens, gate_up, down)
+        for group in (0, GROUP):
+            rows += _moe_fp8_rows(name, shape, gate_up, down, group)
+    return rows
+
+
+def _moe_fp8_rows(name: str, shape: MoeShape, gate_up: torch.Tensor, down: torch.Tensor, group: int) -> list[Row]:
+    """The whole with weights and activations in 8 bits, with scales of whole rows or of groups of columns."""
+    experts, top_k, hidden, size, layers, token_counts = shape
+    numbers: list[list[torch.Tensor]] = []
+    scales: list[fused_moe.ExpertScales] = []
+    for layer in range(layers):
+        rounded = [quantize_rows(weight[layer].flatten(0, 1), torch.float8_e4m3fn, group) for weight in (gate_up, down)]
+        numbers.append([values.unflatten(0, (experts, -1)) for values, _ in rounded])
+        scales.append(fused_moe.ExpertScales(*(scale.unflatten(1, (experts, -1)) for _, scale in rounded)))
+    rows: list[Row] = []
+    for tokens in token_counts:
+        x = torch.randn(tokens, hidden, device=DEVICE, dtype=DTYPE)
+        routed = [fused_moe.route(torch.randn(tokens, experts, device=DEVICE), top_k, True) for _ in range(layers)]
+
+        def block(layer: int) -> torch.Tensor:
+            return fused_moe.fused_experts(x, *numbers[layer], *routed[layer], scales=scales[layer])  # noqa: B023
+
+        num_bytes = sum(len(ids.unique()) for ids, _ in routed) / layers * 3 * hidden * size
+        least = limit(num_bytes + 4 * tokens * hidden, 3 * tokens * top_k * hidden * size, bytes_ceiling(num_bytes))
+        us = layer_us([partial(block, layer) for layer in range(layers)])
+        reference = fused_moe.fused_experts_torch(x, gate_up[0], down[0], *routed[0])
+        rows.append(
+            {"moe": name, "form": f"fp8 {group}", "tokens": tokens, "us": round(us, 1), **least}
+            | {"of_limit": round(least["limit_us"] / us, 3), "difference": difference(block(0), reference)}
+        )
+        print(rows[-1], flush=True)
     return rows
 
 

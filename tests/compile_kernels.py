@@ -125,10 +125,10 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         shape |= {"num_warps": tiles.warps}
         plain = {"x_scale_ptr": None, "scale_ptr": None, "APART": False}
         found.append((kind, fused_moe._grouped_linear_kernel, GROUPED, shape | plain))
-        for numbers, apart in ((FP8, even), (I8, not even)):
-            types = GROUPED | {"x_ptr": numbers, "weight_ptr": numbers, "x_scale_ptr": F32, "scale_ptr": F32}
-            scaled = shape | {"APART": apart, "BLOCK_K": 128, "EVEN_K": True}
-            found.append((f"{kind}, {numbers}, apart {apart}", fused_moe._grouped_linear_kernel, types, scaled))
+    for numbers, apart in ((FP8, True), (I8, False)):
+        types = GROUPED | {"x_ptr": numbers, "weight_ptr": numbers, "x_scale_ptr": F32, "scale_ptr": F32}
+        switches = {"APART": apart, "GATED": apart, "BLOCK_K": 128}
+        found.append((f"grouped {numbers}", fused_moe._grouped_linear_kernel, types, shape | switches))
     low_rank = {
         "x_ptr": BF16,
         "a_ptr": BF16,
@@ -169,27 +169,19 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
 def quantized_forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     """Those of weights that stay quantised."""
     found: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
-    for kind, numbers in (("fp8", FP8), ("int8", I8)):
-        for group in (128, 4096):
-            types = {"x_ptr": BF16, "numbers_ptr": numbers, "scale_ptr": F32}
-            shape = {"LARGEST": 448.0, "LEAST_SCALE": 1e-10, "GROUP": group, "INTEGER": kind == "int8", "BLOCK": 4096}
-            shape |= {"GATED": group == 128}
-            found.append(
-                (
-                    f"quantize {kind} {group}",
-                    quantize._quantize_rows_kernel,
-                    types,
-                    shape | {"PDL": True, "num_warps": 16},
-                )
-            )
+    for numbers, group in ((FP8, 128), (I8, 4096)):
+        types = {"x_ptr": BF16, "numbers_ptr": numbers, "scale_ptr": F32}
+        shape = {"LARGEST": 448.0, "LEAST_SCALE": 1e-10, "GROUP": group, "INTEGER": numbers == I8, "BLOCK": 4096}
+        shape |= {"GATED": group == 128, "PDL": True, "num_warps": 16}
+        found.append((f"quantize {numbers}", quantize._quantize_rows_kernel, types, shape))
+    for numbers, rows, apart, out in ((FP8, 8, True, F32), (I8, 100, False, BF16), (FP8, 4096, True, BF16)):
         types = {"x_ptr": numbers, "weight_ptr": numbers, "x_scale_ptr": F32, "scale_ptr": F32, "bias_ptr": BF16}
-        for rows, grouped, out in ((8, True, F32), (100, False, BF16), (4096, True, BF16)):
-            scaled = scaled_linear.scaled_tiles(rows, 6144, 4096, 132, partial=out == F32)
-            shape = {"BLOCK_M": scaled.block_m, "BLOCK_N": scaled.block_n, "BLOCK_K": 128, "STAGES": scaled.stages}
-            shape |= {"GROUPED": grouped, "EVEN_N": grouped, "PDL": True, "num_warps": scaled.warps}
-            form = f"scaled {kind} {rows}, grouped {grouped}"
-            found.append((form, scaled_linear._scaled_linear_kernel, types | {"out_ptr": out}, shape))
-    for numbers, zero, rows in ((U8, True, 8), (U8, False, 200), (I8, True, 8), (FP8, False, 64)):
+        scaled = scaled_linear.scaled_tiles(rows, 6144, 4096, 132, partial=out == F32)
+        shape = {"BLOCK_M": scaled.block_m, "BLOCK_N": scaled.block_n, "BLOCK_K": 128, "STAGES": scaled.stages}
+        shape |= {"GROUPED": apart, "EVEN_N": apart, "PDL": True, "num_warps": scaled.warps}
+        form = f"scaled {numbers} {rows}, grouped {apart}"
+        found.append((form, scaled_linear._scaled_linear_kernel, types | {"out_ptr": out}, shape))
+    for numbers, zero, rows in ((U8, True, 8), (U8, False, 200), (FP8, False, 64)):
         packed = packed_linear.packed_tiles(rows, 6144, 4096, 128, 132)
         types = {"x_ptr": BF16, "numbers_ptr": numbers, "scale_ptr": F32, "zero_ptr": I16, "out_ptr": BF16}
         shape = {

@@ -28,11 +28,12 @@ from nanovllm.kernels.scaled_linear import ScaledTiles, scaled_linear_torch, sca
 from nanovllm.kernels.triton_compat import HAS_TRITON
 from nanovllm.layers.backends.torch_backend import TorchBackend
 from nanovllm.layers.linear import ParallelLinear
+from nanovllm.layers.lora import AdapterTokens, LoraWeights
 from nanovllm.layers.moe import FusedExperts
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.quantized import Numbers, QuantizedWeight, quantize, some_columns
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.decoder import CausalLM
+from nanovllm.models.decoder import MLP, CausalLM
 from nanovllm.models.quantization import ONLINE_FP8, Quantization, WeightFormat, read_quantization
 from nanovllm.models.registry import ARCHITECTURES
 from nanovllm.utils.dequantize import read_numbers
@@ -336,6 +337,24 @@ def test_an_engine_in_fp8_says_nearly_the_same(tmp_path: Path, monkeypatch: pyte
     for found in (rounded, held):
         errors = torch.tensor(found) - torch.tensor(plain)
         assert 0 < errors.abs().mean() < 0.15 * torch.tensor(plain).std()  # such models exaggerate
+
+
+def test_adapters_are_added_to_quantized_products(tmp_path: Path) -> None:
+    """An adapter takes activations as they are, so nothing rounds them before; a step without adapters rounds them on the way."""
+    make_model(tmp_path, **SIZES)
+    model = kept(tmp_path, ONLINE_FP8)
+    load_model(model, tmp_path, None, ONLINE_FP8)
+    mlp = next(module for module in model.modules() if isinstance(module, MLP))
+    assert mlp.down_proj.quantized is not None
+    hidden, tokens = randn(6, 256), AdapterTokens(1)
+    plain = mlp(hidden)
+    inner = mlp.gate_up_proj(hidden)
+    torch.testing.assert_close(plain, mlp.down_proj(inner))
+    a, b = randn(1, 16, 512, seed=1), randn(1, 256, 16, seed=2)
+    mlp.down_proj.lora = LoraWeights(a, b, [0, 256], tokens)
+    torch.testing.assert_close(mlp(hidden), plain)
+    tokens.assign(torch.zeros(6, dtype=torch.int32, device=DEVICE))
+    torch.testing.assert_close(mlp(hidden), plain + inner @ a[0].t() @ b[0].t(), rtol=1e-3, atol=1e-2)
 
 
 def test_what_is_quantized_otherwise_cannot_become_fp8(tmp_path: Path) -> None:
