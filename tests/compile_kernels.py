@@ -120,7 +120,14 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         block_m, tiles = moe.block_m, moe.gate_up if gated else moe.down
         shape = {"BLOCK_M": block_m, "TAIL_M": min(block_m, fused_moe.TAIL_M), "BLOCK_N": tiles.block_n}
         shape |= {"BLOCK_K": tiles.block_k, "STAGES": tiles.stages, "GATED": gated, "GROUPED": pairs > 8, "TOP_K": 8}
-        shape |= {"TURNS": moe.turns, "EVEN_N": even, "EVEN_K": even, "PREFETCH": 8, "PRECISION": "tf32", "PDL": True}
+        shape |= {
+            "TURNS": moe.turns,
+            "EVEN_N": even,
+            "EVEN_K": even,
+            "PREFETCH": 16 * (pairs <= 8),
+            "PRECISION": "tf32",
+            "PDL": True,
+        }
         kind = f"grouped {block_m}, even {even}, gated {gated}"
         shape |= {"num_warps": tiles.warps}
         plain = {"x_scale_ptr": None, "scale_ptr": None, "APART": False}

@@ -21,8 +21,9 @@ from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 # The last tile of an expert with no more pairs is computed as one of so many.
 TAIL_M = 64
-# Bytes of each row of the second product's weight that are asked for while the first one ends.
-PREFETCH_BYTES = 1024
+# Bytes of each row of the second product's weight that are asked for while the first one ends, at most; only where pairs are not
+# grouped: else there is more weight than the L2 cache holds, and it cost 8 % (bench/NOTES.md).
+PREFETCH_BYTES = 2048
 
 
 class ExpertScales(NamedTuple):
@@ -57,11 +58,11 @@ def moe_tiles(pairs: int, num_experts: int, *, grouped: bool = True) -> MoeTiles
     """
     each = pairs / num_experts
     if not grouped:
-        return MoeTiles(16, ProductTiles(32, 128, 4, 4), ProductTiles(64, 64, 6, 4))
+        return MoeTiles(16, ProductTiles(32, 128, 4, 2), ProductTiles(64, 128, 4, 4))
     if each <= 8:
         return MoeTiles(16, ProductTiles(32, 128, 4, 2), ProductTiles(32, 128, 4, 2))
     if each <= 24:
-        return MoeTiles(32, ProductTiles(64, 128, 3, 4), ProductTiles(64, 128, 3, 4))
+        return MoeTiles(32, ProductTiles(64, 128, 3, 4), ProductTiles(64, 128, 4, 4))
     return MoeTiles(128, ProductTiles(128, 64, 4, 8), ProductTiles(256, 64, 3, 8), turns=1 if each <= 128 else 8)
 
 
@@ -236,6 +237,12 @@ def _columns_of(scale: torch.Tensor) -> int:
     return GROUP if len(scale) > 1 else 0
 
 
+def prefetched_lines(row_bytes: int) -> int:
+    """Lines of 128 bytes, a power of two, that hold a row of a weight or its first `PREFETCH_BYTES`."""
+    lines: int = triton.next_power_of_2(triton.cdiv(min(row_bytes, PREFETCH_BYTES), 128))
+    return lines
+
+
 def grouped_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -294,7 +301,7 @@ def grouped_linear(
         EVEN_K=k % block_k == 0,
         TURNS=tiles.turns,
         STAGES=stages,
-        PREFETCH=min(k * x.dtype.itemsize, PREFETCH_BYTES) // 128,
+        PREFETCH=0 if plan is not None else prefetched_lines(k * weight.dtype.itemsize),
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         PDL=pdl,
         launch_pdl=pdl,
@@ -358,9 +365,10 @@ def _grouped_linear_kernel(
         scale_ptr += tl.maximum(expert, 0) * weight_rows
     if PDL and not GATED:
         # All but the rows is there while the product before ends.
-        lines = tl.arange(0, PREFETCH) * (128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
-        rows = tl.minimum(column + tl.arange(0, BLOCK_N), n_size - 1)
-        _prefetch(weight_ptr + rows.to(tl.int64)[:, None] * k_size + lines[None, :])
+        if PREFETCH > 0:
+            lines = tl.arange(0, PREFETCH) * (128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
+            rows = tl.minimum(column + tl.arange(0, BLOCK_N), n_size - 1)
+            _prefetch(weight_ptr + rows.to(tl.int64)[:, None] * k_size + tl.minimum(lines, k_size - 1)[None, :])
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if expert < 0:
