@@ -1,5 +1,5 @@
-"""How fast are prompts made, and does making them slow the engine down? For four kinds of rows: plain text, messages through a chat
-template, a template over columns, bodies of OpenAI's batch API.
+"""How fast are prompts made, and does making them slow the engine down? For five kinds of rows: plain text, messages through a chat
+template, a template over columns, bodies of OpenAI's batch API, and token ids. A row is made as far as the engine's sequence.
 
 `python bench/prompts.py --save prompts_cpu`. First with the engine idle: rows a second of the row path, which tokenizes 64 rows in one
 call, and of the same rows one by one; and of each the share of the thread's processor time that is spent in Python, outside the
@@ -32,11 +32,13 @@ from common import save, write_shape
 from grammar import WORDS, make_tokenizer
 
 from nanovllm import AsyncLLM, RequestOutput, SamplingParams
+from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import error_output
 from pipelines.inputs import BATCH_SCHEMA
 from pipelines.job import JobConfig, build
 from pipelines.prompts import Rendered
 from pipelines.requests import Requests
+from pipelines.row_values import TokenIds
 from pipelines.rows import SUBMIT_ROWS, RowPath
 
 TEMPLATE = "Sort the article into one of the sections.\nTitle: {{ title }}\n{% for tag in tags %}- {{ tag }}\n{% endfor %}{{ text }}\nSection:"
@@ -51,11 +53,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "chat": {"prompt": {"messages": "messages", "system": "You sort articles."}},
     "template": {"prompt": {"template": TEMPLATE}},
     "batch": {"format": "openai_batch"},
+    "tokens": {"prompt": {"column": "ids"}},
 }
 
 
-def make_rows(count: int, words: int) -> pa.Table:
-    """Rows with columns for every kind of prompt, of the same texts."""
+def make_rows(count: int, words: int, tokens: int, vocabulary: int) -> pa.Table:
+    """Rows with columns for every kind of prompt: the same texts of some words, and some token ids of a vocabulary."""
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=words)) for _ in range(count)]
     messages = [[{"role": "user", "content": text}] for text in texts]
@@ -70,6 +73,7 @@ def make_rows(count: int, words: int) -> pa.Table:
             "method": ["POST"] * count,
             "url": ["/v1/chat/completions"] * count,
             "body": bodies,
+            "ids": pa.array([rng.choices(range(vocabulary), k=tokens) for _ in texts], pa.list_(pa.int32())),
         }
     )
 
@@ -121,11 +125,13 @@ class Sink:
         self.tokenizer, self.max_prompt_len = engine.tokenizer, engine.max_prompt_len
         self.encode, self.encode_batch = engine.encode, engine.encode_batch
         self.stats, self.shutdown = engine.stats, engine.shutdown
+        self._make = engine._engine.make_sequence
         self.made = self.tokens = 0
         self.cpu_s = 0.0
 
-    def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
-        """Count one row."""
+    def submit(self, prompt: str | TokenIds, params: SamplingParams) -> Future[RequestOutput]:
+        """Make and count one row."""
+        assert isinstance(self._make(prompt, params), Sequence)
         self.made += 1
         self.tokens += len(prompt)
         self.cpu_s = time.thread_time()  # of the row path's own thread so far
@@ -264,21 +270,27 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="that a row of the job generates")
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--words", type=int, default=200, help="of a row's text")
+    parser.add_argument("--prompt-tokens", type=int, default=1184, help="of a row of token ids")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", metavar="NAME", help=f"write {Path('bench/results')}/NAME.json")
     args = parser.parse_args()
-    table = make_rows(args.rows, args.words)
     with tempfile.TemporaryDirectory() as directory:
         write_shape(args.shape, Path(directory))
         vocabulary = json.loads((Path(directory) / "config.json").read_text())["vocab_size"]
+        table = make_rows(args.rows, args.words, args.prompt_tokens, vocabulary)
         tokenizer = make_tokenizer(vocabulary)
         tokenizer.chat_template = CHAT_TEMPLATE
         tokenizer.save_pretrained(directory)
         engine = AsyncLLM(
-            directory, load_format="dummy", max_model_len=1024, max_num_seqs=args.sequences, kvcache_block_size=64
+            directory,
+            load_format="dummy",
+            max_model_len=max(1024, 2 * args.prompt_tokens),
+            max_num_seqs=args.sequences,
+            kvcache_block_size=64,
         )
-        kinds = {kind: rows_of(engine, kind, table) for kind in KINDS}
+        kinds = {kind: rows_of(engine, kind, table) for kind in args.kinds}
         idle = {kind: rates(engine, *made, args.seconds, args.rounds) for kind, made in kinds.items()}
         load = Load(engine, args.sequences, 256)
         step_ms(engine, args.seconds)  # warm
@@ -288,9 +300,10 @@ def main() -> None:
             "sequences": args.sequences,
             "tokens_a_row": args.tokens,
             "words_a_row": args.words,
+            "prompt_tokens": args.prompt_tokens,
             "kinds": [],
         }
-        for kind in KINDS:
+        for kind in args.kinds:
             row = in_a_job(beside(engine, *kinds[kind], args.seconds, args.rounds), args.sequences, args.tokens)
             row = {"kind": kind, "idle": idle[kind], **row}
             result["kinds"].append(row)
