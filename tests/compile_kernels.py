@@ -78,7 +78,9 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         words, values = ({"k_ptr": cache, "v_ptr": cache} if fp8 else {} for cache in (I16, FP8))
         switches = {"WINDOW": window, "WINDOWED": window > 0, "SOFTCAP": softcap, "SHARED": shared}
         switches |= none
-        found.append((f"decode, {kind}", paged_decode._decode_kernel, DECODE | words | scaled, DECODE_SHAPE | switches))
+        launch = {"TILE": 32, "STAGES": 8, "num_warps": 2} if fp8 else {}
+        shape = DECODE_SHAPE | switches | launch
+        found.append((f"decode, {kind}", paged_decode._decode_kernel, DECODE | words | scaled, shape))
         prefill = {**QKV, "tiles": I32, **scaled}
         found.append((f"prefill, {kind}", paged_prefill._prefill_kernel, prefill | values, PREFILL_SHAPE | switches))
         plan = {"slots": I64, "context_lens": I64, "starts": I32, "items": I32, "skipped": I32, "row_of": I32}

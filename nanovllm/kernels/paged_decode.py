@@ -46,8 +46,8 @@ class DecodeLaunch(NamedTuple):
     max_registers: int | None = None
 
 
-# Tiles of half the bytes take as long to compute: more programs work on them at a time.
-FP8_LAUNCH = DecodeLaunch(programs_per_sm=3, num_stages=8, max_registers=168)
+# Widening takes as long as reading: more programs work at a time, each on less (bench/NOTES.md).
+FP8_LAUNCH = DecodeLaunch(programs_per_sm=4, num_stages=8, num_warps=2)
 
 
 def decode_launch(dtype: torch.dtype) -> DecodeLaunch:
@@ -56,8 +56,9 @@ def decode_launch(dtype: torch.dtype) -> DecodeLaunch:
 
 
 def decode_tile(head_dim: int, dtype: torch.dtype) -> int:
-    """Tokens a program reads at a time: the keys of a tile and the values are 16 KiB each, or less."""
-    return int(max(16, min(64, (1 << 14) // (triton.next_power_of_2(head_dim) * dtype.itemsize))))
+    """Tokens a program reads at a time: the keys of a tile and the values are 16 KiB each, or less; 4 KiB of eight bits."""
+    most = 1 << (12 if dtype == FP8 else 14)
+    return int(max(16, min(64, most // (triton.next_power_of_2(head_dim) * dtype.itemsize))))
 
 
 def decode_programs(num_kv_heads: int, device: torch.device, per_sm: int) -> int:
