@@ -46,13 +46,14 @@ class DecodeLaunch(NamedTuple):
     max_registers: int | None = None
 
 
+LAUNCH = DecodeLaunch()
 # Tiles of half the bytes take as long to compute: more programs work on them at a time.
 FP8_LAUNCH = DecodeLaunch(programs_per_sm=3, num_stages=8, max_registers=168)
 
 
 def decode_launch(dtype: torch.dtype) -> DecodeLaunch:
     """The launch for a cache of `dtype`."""
-    return FP8_LAUNCH if dtype == FP8 else DecodeLaunch()
+    return FP8_LAUNCH if dtype == FP8 else LAUNCH
 
 
 def decode_tile(head_dim: int, dtype: torch.dtype) -> int:
@@ -234,7 +235,7 @@ def paged_decode(
     out: torch.Tensor,
     *,
     tile: int,
-    launch: DecodeLaunch = DecodeLaunch(),  # noqa: B008 - a constant
+    launch: DecodeLaunch = LAUNCH,
     other_kernel_between: bool = False,
     window: int = 0,
     softcap: float = 0.0,
