@@ -494,7 +494,8 @@ class ModelRunner:
         for layer, k_cache, v_cache in zip(self.attention_layers, pool[0], pool[1], strict=True):
             layer.k_cache, layer.v_cache = k_cache, v_cache
         if self.cache_dtype == FP8:
-            scales = _zeros((shape[1], *scales_shape(*shape[2:])), torch.bfloat16, self.device)
+            # Those of slots that nobody has written are read too, before the pool is sized: they must have an inverse.
+            scales = torch.ones(shape[1], *scales_shape(*shape[2:]), dtype=torch.bfloat16, device=self.device)
             for layer, layer_scales in zip(self.attention_layers, scales, strict=True):
                 layer.scales = layer_scales
 

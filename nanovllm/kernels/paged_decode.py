@@ -46,13 +46,14 @@ class DecodeLaunch(NamedTuple):
     max_registers: int | None = None
 
 
+LAUNCH = DecodeLaunch()
 # Widening takes as long as reading: more programs work at a time, each on less (bench/NOTES.md).
 FP8_LAUNCH = DecodeLaunch(programs_per_sm=4, num_stages=8, num_warps=2)
 
 
 def decode_launch(dtype: torch.dtype) -> DecodeLaunch:
     """The launch for a cache of `dtype`."""
-    return FP8_LAUNCH if dtype == FP8 else DecodeLaunch()
+    return FP8_LAUNCH if dtype == FP8 else LAUNCH
 
 
 def decode_tile(head_dim: int, dtype: torch.dtype) -> int:
@@ -235,7 +236,7 @@ def paged_decode(
     out: torch.Tensor,
     *,
     tile: int,
-    launch: DecodeLaunch = DecodeLaunch(),  # noqa: B008 - a constant
+    launch: DecodeLaunch = LAUNCH,
     other_kernel_between: bool = False,
     window: int = 0,
     softcap: float = 0.0,

@@ -80,6 +80,8 @@ def test_more_blocks_fit_the_same_memory(model_dir: Path, monkeypatch: pytest.Mo
     for kind in ("auto", "fp8"):
         llm = LLM(str(model_dir), dtype="bfloat16", kv_cache_dtype=kind, kvcache_block_size=16)
         blocks.append(llm.executor.num_kvcache_blocks)
+        for layer in llm.executor.runner.attention_layers:  # type: ignore[attr-defined]
+            assert layer.scales is None or bool((layer.scales > 0).all()), "a warm-up reads slots that nobody wrote"
         llm.exit()
     heads = 2 * 2 * 2 * 16  # keys and values, layers, KV heads, tokens
     assert blocks == [(1 << 20) // (heads * 32), (1 << 20) // (heads * 18)]
