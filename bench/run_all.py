@@ -56,6 +56,8 @@ def plan(gpu: bool, peer_arguments: list[str]) -> list[Step]:
     sizes = {name: [] if gpu else SMALL + SMALL_WORKLOADS[name] for name in WORKLOADS}
     for name, size in sizes.items():
         steps.append(Step(f"throughput_{name}_{where}", "throughput.py", ["--workload", name, *size]))
+    for name in ("seed", "8b"):
+        steps.append(Step(f"lora_{name}_{where}", "lora.py", ["--workload", name, "--rank", "16", "32", *sizes[name]]))
     steps.append(Step(f"kernels_{where}", "kernels.py", []))
     steps.append(Step(f"plan_{where}", "plan.py", []))
     steps.append(Step("grammar_cpu", "grammar.py", []))

@@ -198,6 +198,9 @@ def fused_experts(
     (tokens, hidden), (experts, _, size), top_k = x.shape, down.shape, ids.shape[1]
     pairs = tokens * top_k
     assert x.stride(1) == 1 and gate_up.is_contiguous() and down.is_contiguous() and ids.is_contiguous()
+    out = torch.empty_like(x) if out is None else out
+    if not tokens:
+        return out
     grouped = groups_pairs(pairs, top_k, experts)
     tiles = tiles or moe_tiles(pairs, experts, grouped=grouped)
     order, plan = ids, None
@@ -205,7 +208,6 @@ def fused_experts(
         order, plan = group_rows(ids, experts, first_expert, tiles.block_m)
     inner = torch.empty(pairs, size, dtype=x.dtype, device=x.device)
     outer = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
-    out = torch.empty_like(x) if out is None else out
     for rows, weight, result, gated in ((x, gate_up, inner, True), (inner, down, outer, False)):
         scaled = None
         if scales is not None:

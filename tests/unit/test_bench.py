@@ -304,6 +304,16 @@ def test_throughput_runs(tmp_path):
     assert json.loads((tmp_path / "profile.json").read_text())["steps"] > 0
 
 
+@pytest.mark.long  # what adapters are, `test_lora.py` tests
+def test_lora_runs(tmp_path):
+    saved = tmp_path / "lora"
+    done = script("bench/lora.py", *TINY, "--adapters", "3", "--rank", "4", "8", "--save", saved)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(saved.with_suffix(".json").read_text())
+    assert result["share"] == pytest.approx(result["output_tokens_per_s"] / result["base_tokens_per_s"], abs=1e-3)
+    assert [len(times) for times in result["seconds"].values()] == [1, 1]
+
+
 FAKE_VLLM = """
 import os
 from types import SimpleNamespace as SamplingParams
