@@ -20,6 +20,8 @@ from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 # Rows of a program's product: the query heads of its members that share a KV head.
 ROWS = 64
 TILE = 64
+# Those that run at the same time on a multiprocessor.
+PROGRAMS_PER_SM = 2
 NUM_STAGES = 3
 NUM_WARPS = 4
 

@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 
 from nanovllm import LLM, AsyncLLM, EngineDeadError, SamplingParams
+from nanovllm.engine import shared_prefix
 from nanovllm.engine.rank_worker import join_ranks
 from nanovllm.engine.ranks import RANK_ENVIRONMENT
 from nanovllm.kernels.layernorm import add_rms_norm
 from nanovllm.layers.parallel import PULLED_BYTES, SWITCH, TensorParallel
-from tests.gpu.test_engine_cuda import PARAMS, PROMPTS
+from tests.gpu.test_engine_cuda import PARAMS, PROMPTS, SHARED
 from tests.models import make_model
 from tests.unit.test_engine_tensor_parallel import PROGRAM, ROOT, gone, rank_processes, wait_until
 
@@ -197,12 +198,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "model")
 
 
-def generate(model: Path, **options: Any) -> tuple[list[list[int]], str]:
+def generate(model: Path, prompts: list[list[int]] = PROMPTS, **options: Any) -> tuple[list[list[int]], str]:
     """Greedy tokens, and sampled ones, and what the engine says it runs on."""
     defaults = {"dtype": "float32", "max_model_len": 256, "kvcache_block_size": 16, "max_num_seqs": 24}
     llm = LLM(str(model), **(defaults | {"gpu_memory_utilization": 0.3} | options))
     greedy = SamplingParams(temperature=0, max_tokens=40)
-    outputs = [*llm.generate(PROMPTS, greedy, use_tqdm=False), *llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+    outputs = [*llm.generate(prompts, greedy, use_tqdm=False), *llm.generate(prompts, PARAMS, use_tqdm=False)]
     summary = llm.executor.summary
     llm.exit()
     return [output["token_ids"] for output in outputs], summary
@@ -218,6 +219,17 @@ def test_two_gpus_give_the_tokens_of_one(model: Path, expected: list[list[int]],
     tokens, summary = generate(model, tensor_parallel_size=2, **options)
     assert summary.endswith(IN_ONE_KERNEL)
     assert tokens == expected
+
+
+def test_ranks_attend_once_to_what_is_shared(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decodes share is found in the engine and travels to the ranks."""
+    for name, value in (("LEAST_TOKENS", 16), ("LEAST_SAVED", 1), ("LEAST_SAVED_BYTES", 1), ("ENTRY_TOKENS", 0)):
+        monkeypatch.setattr(shared_prefix, name, value)
+    prompts = [SHARED + prompt[:40] for prompt in PROMPTS]
+    plain, _ = generate(model, prompts, shared_prefix_attention=False)
+    tokens, summary = generate(model, prompts, tensor_parallel_size=2)
+    assert "shared prefixes once" in summary
+    assert tokens == plain
 
 
 def test_nccl_gives_them_too(model: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def test_shared_prefixes_give_the_same_tokens(
     """Rows with one instruction, two documents and something of their own, that come and go; preempted ones among them."""
     for name, value in (("LEAST_TOKENS", 16), ("LEAST_SAVED", 1), ("LEAST_SAVED_BYTES", 1), ("ENTRY_TOKENS", 0)):
         monkeypatch.setattr(shared_prefix, name, value)
-    monkeypatch.setattr(cuda_graph, "CAPTURE_AT", 1)
+    monkeypatch.setattr(cuda_graph, "CAPTURE_AT", 2)
     monkeypatch.setattr(scheduler, "DECODE_RESERVE_TOKENS", 0)
     documents = [[RNG.randrange(257) for _ in range(18)] for _ in range(2)]
     prompts = [SHARED + documents[row % 2] + [row] * (1 + row % 3) for row in range(5)] + [[5] * 3]
@@ -188,6 +188,10 @@ def test_shared_prefixes_give_the_same_tokens(
         assert [output["error"] for output in outputs] == [None] * len(outputs)
         found.append([output["token_ids"] for output in outputs])
         assert levels == 2 * shared, "an instruction, and a document after it"
+        if graphs_too and shared:
+            graphs_of = llm.executor.runner.graphs  # type: ignore[attr-defined]
+            assert len(graphs_of[False, True].whole.graphs) == 1, "one size, which came up twice"
+            assert graphs_of[False, False].whole.graphs, "what a step is replayed with before"
         llm.exit()
     assert found[0] == found[1]
 

@@ -19,6 +19,7 @@ from nanovllm.kernels.paged_decode import (
     split_buffers,
 )
 from nanovllm.kernels.paged_prefill import most_prefill_tiles, paged_prefill, prefill_tiles
+from nanovllm.kernels.shared_prefix import PROGRAMS_PER_SM as SHARED_PROGRAMS_PER_SM
 from nanovllm.kernels.shared_prefix import SharedBuffers, attend_shared, make_shared_buffers, members_of_tile
 from nanovllm.layers.attention import AttentionBatch, AttentionSpec, Ints, SharingBackend
 from nanovllm.utils.prefixes import Capacity, SharedPrefixes, SharingShape
@@ -47,6 +48,7 @@ class TritonBackend(SharingBackend):
             self.max_num_seqs, self.programs, self.num_heads, self.num_kv_heads, self.head_dim, self.device
         )
         self.buffers_of: dict[int, DecodeBuffers] = {}
+        self.shared_programs = decode_programs(self.num_kv_heads, self.device, SHARED_PROGRAMS_PER_SM)
         self.shared: SharedBuffers | None = None
 
     def add_window(self, window: int) -> None:
@@ -58,7 +60,7 @@ class TritonBackend(SharingBackend):
     @classmethod
     def sharing_shape(cls, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> SharingShape:
         """See `SharingBackend.sharing_shape`. Whoever plans may have no GPU to ask how many programs it runs."""
-        items = decode_programs(num_kv_heads, torch.device("cpu"), decode_launch(dtype).programs_per_sm)
+        items = decode_programs(num_kv_heads, torch.device("cpu"), SHARED_PROGRAMS_PER_SM)
         return SharingShape(
             members_of_tile(num_heads // num_kv_heads), items, 2 * num_kv_heads * head_dim * dtype.itemsize
         )
@@ -132,7 +134,7 @@ class TritonBackend(SharingBackend):
                     spec.scale,
                     spec.softcap,
                     scales,
-                    programs=self.programs,
+                    programs=self.shared_programs,
                     other_kernel_between=True,  # the one that stores the keys
                 )
             paged_decode(
