@@ -2,6 +2,8 @@
 
 `full`: a simulated engine of fixed step time and heavy-tailed output lengths, a whole job of many shards an actor; slot use and
 makespan beside the same engines given all their rows at once. `demo`: the same with the real engine and the demo model on CPUs.
+`rows`: the labelling workload on real engines whose device is simulated: a step takes as long as its tokens do. What a row costs each
+thread of the actor, and the steps made, beside `LLM.generate`.
 `driver`: engines that answer at once, so that the control plane is all there is. `start`: the same with plans of many shards, only the
 first of which are run.
 Every case is a process of its own, with a Ray of its own.
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import unittest.mock
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -30,7 +33,8 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import ROOT, end_on_sigterm, run_process, save
+from common import ROOT, SHAPES, WORKLOADS, Workload, end_on_sigterm, run_process, save, write_shape
+from data_parallel import write_rows
 
 from nanovllm import SamplingParams
 from nanovllm.engine.stats import EngineStats
@@ -40,6 +44,8 @@ from pipelines.stop import Stopped
 DEMO = ROOT / "pipelines" / "demo"
 DRIVER_ROWS = 1000  # of a shard where the driver's cost is measured
 BARRIER_S = 300.0
+STEP_S = 0.002  # of a simulated device, beside what its tokens take
+LAUNCHES = 300  # of a step's kernels
 
 
 def row_steps(prompt: str) -> int:
@@ -402,6 +408,107 @@ def demo_summary(records: Path, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class PacedExecutor:
+    """A device that is simulated: a step takes `STEP_S`, and `token_s` for each token of its chunks; all tokens are the same.
+
+    A launch gives Python's lock away as often as that of a step's kernels does.
+    """
+
+    num_kvcache_blocks = 16384
+    summary = "simulated device"
+    chunk_cost = 0.0
+
+    def __init__(self, token_s: float) -> None:
+        import torch
+
+        self._token_s = token_s
+        self._in_flight: deque[tuple[float, int]] = deque()
+        self._free_at = 0.0
+        self._counter = torch.zeros(1)
+
+    def launch(self, step: Any) -> None:
+        """See `Executor.launch`."""
+        for _ in range(LAUNCHES):
+            self._counter.add_(1)
+        self._free_at = max(self._free_at, time.perf_counter()) + STEP_S + self._token_s * len(step.token_ids)
+        self._in_flight.append((self._free_at, len(step.sample_rows)))
+
+    def collect(self) -> Any:
+        """See `Executor.collect`."""
+        from nanovllm.engine.step_result import StepResult
+
+        done_at, tokens = self._in_flight.popleft()
+        while (left := done_at - time.perf_counter()) > 0:
+            time.sleep(left)
+        return StepResult([5] * tokens)
+
+    def discard(self) -> None:
+        """See `Executor.discard`."""
+        self._in_flight.clear()
+
+    def shutdown(self) -> None:
+        """See `Executor.shutdown`."""
+
+
+def on_paced_device(token_s: float) -> contextlib.AbstractContextManager[Any]:
+    """Engines that are made within this run on a `PacedExecutor`."""
+    return unittest.mock.patch("nanovllm.engine.llm_engine.create_executor", return_value=PacedExecutor(token_s))
+
+
+class PacedEngine(WatchedEngine):
+    """`AsyncLLM` on a simulated device, watched."""
+
+    def __init__(self, model: str, *, records: Path, token_s: float, **options: Any) -> None:
+        with on_paced_device(token_s):
+            super().__init__(model, records=records, **options)
+
+
+def labelling(case: dict[str, Any], directory: Path) -> tuple[Workload, str, dict[str, Any]]:
+    """The rows, the model's directory, and options of the engine."""
+    spec = WORKLOADS["labelling"]._replace(num_seqs=case["rows"])
+    options = {"load_format": "dummy", "device": "cpu", "max_num_seqs": spec.max_num_seqs}
+    return spec.make(SHAPES[spec.model]["vocab_size"]), str(write_shape(spec.model, directory / "model")), options
+
+
+def case_rows(case: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """A job of the labelling workload."""
+    work, model, options = labelling(case, directory)
+    records, source = directory / "records", directory / "in"
+    records.mkdir()
+    write_rows(work, source / "rows.parquet")
+    settings = {
+        "model": model,
+        "input": str(source),
+        "engine": options,
+        "sampling": {"temperature": 0.6, "ignore_eos": True},
+        "sampling_columns": {"max_tokens": "max_tokens"},
+    }
+    run_pipeline(directory, settings, functools.partial(PacedEngine, records=records, token_s=case["token_s"]))
+    (record,) = (json.loads(path.read_text()) for path in records.glob("*.json"))
+    return rows_summary(record["last"] - record["first"], record["steps"], record["threads_cpu_s"], case["rows"])
+
+
+def case_rows_bare(case: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """`LLM.generate` on all rows at once."""
+    from nanovllm import LLM
+
+    work, model, options = labelling(case, directory)
+    with on_paced_device(case["token_s"]):
+        llm = LLM(model, **options)
+    params = [SamplingParams(temperature=0.6, max_tokens=length, ignore_eos=True) for length in work.max_tokens]
+    before, start = _threads_cpu_s(), time.monotonic()
+    llm.generate(work.prompts, params, use_tqdm=False)
+    seconds = time.monotonic() - start
+    cpu_s = {name: used - before.get(name, 0.0) for name, used in _threads_cpu_s().items()}
+    return rows_summary(seconds, llm.steps, cpu_s, case["rows"])
+
+
+def rows_summary(seconds: float, steps: int, cpu_s: dict[str, float], rows: int) -> dict[str, Any]:
+    """Rows a second, steps, and what a row cost each thread that had something to do."""
+    cpu_us = {name: round(used / rows * 1e6) for name, used in cpu_s.items()}
+    return {"seconds": round(seconds, 2), "rows_per_s": round(rows / seconds), "steps": steps, "cpu_us_a_row": cpu_us}
+
+
 def case_driver(case: dict[str, Any], directory: Path) -> dict[str, Any]:
     """A job whose engines answer at once; stopped where it has committed `stop_at` shards."""
     records = directory / "records"
@@ -431,6 +538,8 @@ CASES: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
     "bare": case_bare,
     "demo": case_demo,
     "demo_bare": case_demo_bare,
+    "rows": case_rows,
+    "rows_bare": case_rows_bare,
     "driver": case_driver,
 }
 
@@ -560,6 +669,16 @@ def demo(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What a row costs around the engine."""
+    case = {"rows": args.rows, "token_s": args.token_us / 1e6, "timeout_s": 560}
+    bare, job = run_case("rows_bare", case), run_case("rows", case)
+    row = {**job, "of_bare": round(job["rows_per_s"] / bare["rows_per_s"], 3)}
+    row |= {f"bare_{name}": bare[name] for name in ("rows_per_s", "steps", "cpu_us_a_row")}
+    print(json.dumps(row), flush=True)
+    yield row
+
+
 def driver(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The control plane alone."""
     for actors in args.actors or (1, 16):
@@ -575,7 +694,7 @@ def start(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {key: row[key] for key in ("shards", "first_shard_s", "driver_rss_mb_at_first_shard")}
 
 
-SECTIONS = {"full": full, "demo": demo, "driver": driver, "start": start}
+SECTIONS = {"full": full, "demo": demo, "rows": rows, "driver": driver, "start": start}
 
 
 def main() -> int:
@@ -584,6 +703,8 @@ def main() -> int:
     parser.add_argument("--actors", type=int, nargs="+")
     parser.add_argument("--shards", type=int, default=400, help="of a job whose driver is measured")
     parser.add_argument("--shard-rows", type=int, default=DRIVER_ROWS, help="rows of each of those")
+    parser.add_argument("--rows", type=int, default=16384, help="of the job whose rows' cost is measured")
+    parser.add_argument("--token-us", type=float, default=5.0, help="that its device takes for a token of a prompt")
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json")
     parser.add_argument("--case", nargs=2, metavar=("KIND", "DIR"), help=argparse.SUPPRESS)
     args = parser.parse_args()
