@@ -7,6 +7,7 @@ layers of its own, so that no cache helps. Prefill is timed call by call, with t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import statistics
@@ -528,7 +529,17 @@ SCALED_TILES = [
     scaled_linear.ScaledTiles(*tiles)
     for tiles in (
         (64, 32, 1, 5, 4), (64, 32, 4, 5, 4), (64, 64, 1, 5, 4), (64, 64, 2, 5, 4), (64, 128, 1, 4, 4), (64, 128, 4, 4, 4),
-        (128, 64, 1, 4, 4), (128, 64, 2, 4, 4), (128, 128, 1, 4, 8), (128, 128, 1, 3, 4), (128, 256, 1, 3, 8), (256, 128, 1, 3, 8),
+        (128, 64, 1, 4, 4), (128, 64, 2, 4, 4), (128, 128, 1, 4, 8), (128, 128, 1, 3, 4), (128, 128, 1, 3, 8), (128, 64, 1, 4, 8), (128, 256, 1, 3, 8), (256, 128, 1, 3, 8),
+    )
+]  # fmt: skip
+
+
+# As `PackedTiles`, for as many rows as there are.
+PACKED_TILES = [
+    packed_linear.PackedTiles(0, *tiles)
+    for tiles in (
+        (64, 64, 1, 4, 4), (64, 128, 1, 4, 4), (64, 32, 1, 6, 4), (128, 64, 1, 4, 4), (128, 64, 1, 4, 8), (128, 128, 1, 3, 8), (64, 64, 1, 3, 4),
+        (64, 64, 2, 4, 4), (64, 64, 4, 4, 4), (64, 128, 4, 3, 4), (128, 64, 2, 4, 8), (128, 64, 4, 4, 8), (128, 64, 4, 3, 4),
     )
 ]  # fmt: skip
 
@@ -620,6 +631,19 @@ def linear_section(block_size: int) -> list[Row]:
                 report(f"{kind} {group} best {tuple(best[1])}", calls, 1, H200.flops_8bit)
             wide = [partial(packed_linear.packed_linear, x, numbers, scale, None) for numbers, scale in packed]
             report("int4 128", wide, 0.5, H200.flops, check=False)
+            if m <= packed_linear.MAX_ROWS:
+                found = []
+                for cut in PACKED_TILES:
+                    cut = cut._replace(block_m=packed_linear.packed_tiles(m, n, k, 128, 132).block_m)
+                    calls = [
+                        partial(packed_linear.triton_packed_linear, x, numbers, scale, None, cut)
+                        for numbers, scale in packed
+                    ]
+                    if cut.splits == 1 or name in ("o", "down"):
+                        with contextlib.suppress(triton.runtime.errors.OutOfResources):
+                            found.append((layer_us(calls), cut, calls))
+                _, cut, calls = min(found, key=lambda one: one[0])
+                report(f"int4 128 best {tuple(cut)}", calls, 0.5, H200.flops, check=False)
             if m <= 256:
                 fp8 = [
                     partial(packed_linear.packed_linear, x, numbers, scale, None)

@@ -374,6 +374,18 @@ def test_quantize_leaves_numbers_where_they_are() -> None:
             torch.testing.assert_close(again.dequantize(), numbers.dequantize())
 
 
+def test_activations_are_rounded_where_the_checkpoint_means_it() -> None:
+    """Tools write weights of 8 bits for activations of 8 bits, and for activations that stay as they are."""
+    config = FORMATS["int8 channel"][1]
+    for activations in (True, False):
+        group = config["config_groups"]["group_0"]
+        group = group if activations else {name: value for name, value in group.items() if name != "input_activations"}
+        quantization = read_quantization({"quantization_config": config | {"config_groups": {"0": group}}}, Path("c"))
+        assert quantization is not None
+        scheme = quantization.scheme_of("up_proj")
+        assert scheme is not None and scheme.kept(64, 256) == WeightFormat("int8", activations=activations)
+
+
 def test_columns_of_grouped_numbers() -> None:
     whole = quantize(randn(32, 256), WeightFormat("int4", 64))
     part = some_columns(whole, slice(128, 256))
