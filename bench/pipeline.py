@@ -415,6 +415,7 @@ class PacedExecutor:
     """
 
     num_kvcache_blocks = 16384
+    sharing = None
     summary = "simulated device"
     chunk_cost = 0.0
 
