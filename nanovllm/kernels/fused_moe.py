@@ -34,7 +34,7 @@ class ExpertScales(NamedTuple):
 
 
 class ProductTiles(NamedTuple):
-    """How a grouped product is cut: block_n columns of the output (gated: of gate and of up) from block_k at a time."""
+    """How a grouped product is cut: block_n columns of the output (gated: of gate and of up) from block_k numbers of 16 bits at a time."""
 
     block_n: int
     block_k: int
@@ -63,7 +63,7 @@ def moe_tiles(pairs: int, num_experts: int, *, grouped: bool = True) -> MoeTiles
         return MoeTiles(16, ProductTiles(32, 128, 4, 2), ProductTiles(32, 128, 4, 2))
     if each <= 24:
         return MoeTiles(32, ProductTiles(64, 128, 3, 4), ProductTiles(64, 128, 4, 4))
-    return MoeTiles(128, ProductTiles(128, 64, 4, 8), ProductTiles(256, 64, 3, 8), turns=1 if each <= 128 else 8)
+    return MoeTiles(128, ProductTiles(128, 64, 4, 8), ProductTiles(256, 64, 4, 8), turns=1 if each <= 128 else 8)
 
 
 def groups_pairs(pairs: int, top_k: int, num_experts: int) -> bool:
@@ -268,7 +268,8 @@ def grouped_linear(
     """
     n, k = out.shape[1], x.shape[1]
     block_n, block_k, stages, warps = tiles.gate_up if gated else tiles.down
-    block_k = min(block_k, max(16, triton.next_power_of_2(k)))
+    # A tile is as large in shared memory whatever its numbers' size.
+    block_k = min(max(16, block_k * 2 // x.dtype.itemsize), max(16, triton.next_power_of_2(k)))
     x_scale, scale = (None, None) if scales is None else scales
     apart = scale is not None and len(scale) > 1
     if scale is not None:
