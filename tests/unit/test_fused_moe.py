@@ -125,8 +125,8 @@ def test_there_are_always_enough_tiles() -> None:
             2,
             MoeTiles(16, ProductTiles(32, 32, 2, 4), ProductTiles(16, 64, 2, 4)),
         ),  # two experts without a pair, several tiles an expert
-        (70, 130, 17, 5, 1, None, MoeTiles(64, ProductTiles(64, 64, 2, 4), ProductTiles(64, 64, 2, 4))),
-        (24, 48, 64, 3, 3, None, MoeTiles(32, ProductTiles(16, 16, 2, 4), ProductTiles(16, 16, 2, 4), 4)),
+        (70, 130, 17, 5, 1, None, MoeTiles(64, ProductTiles(64, 64, 2, 4), ProductTiles(64, 64, 2, 4), 2)),
+        (24, 48, 64, 3, 3, None, MoeTiles(32, ProductTiles(16, 16, 2, 4), ProductTiles(16, 16, 2, 4), 2)),
         (2, 64, 32, 32, 2, None, None),  # pairs that are not grouped
         (
             120,
