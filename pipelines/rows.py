@@ -219,15 +219,15 @@ class _Results:
 
     def _take(self) -> None:
         self._woken = False  # before the look: what ends after it wakes the loop again
-        try:
-            while self._ended:
-                position, future = self._ended.popleft()
-                del self._running[position]
+        while self._ended:
+            position, future = self._ended.popleft()
+            del self._running[position]
+            self._left -= 1
+            try:
                 self._done(position, row_result(future.result()))
-                self._left -= 1
-        except Exception as error:
-            if not self.all.done():
-                self.all.set_exception(error)
+            except Exception as error:  # others of the same step may have their results
+                if not self.all.done():
+                    self.all.set_exception(error)
         if not self._left and not self.all.done():
             self.all.set_result(None)
 

@@ -383,6 +383,23 @@ def test_a_dead_engine_is_an_exception() -> None:
         run(DyingEngine(), ["a", "poison", "b"])
 
 
+def test_results_that_come_with_the_engines_death_count() -> None:
+    found: dict[int, RowResult] = {}
+    engine = HeldEngine(4)
+
+    def end(task: asyncio.Task[None]) -> None:
+        for number, future in enumerate(engine.futures):
+            if number % 2:
+                future.set_result(error_output(f"row {number}"))
+            else:
+                future.set_exception(EngineDeadError("rank 1 died"))
+
+    with pytest.raises(EngineDeadError, match="rank 1 died"):
+        asyncio.run(run_held(engine, 4, found.__setitem__, end))
+    assert {number: result.error for number, result in found.items()} == {1: "row 1", 3: "row 3"}
+    assert not any(future.cancelled() for future in engine.futures)  # they tell what it died of
+
+
 def test_seeds_depend_on_each_part_of_the_place() -> None:
     seeds = {
         row_seed(*place) for place in [(0, "a", 1, 0), (1, "a", 1, 0), (0, "b", 1, 0), (0, "a", 2, 0), (0, "a", 1, 1)]
