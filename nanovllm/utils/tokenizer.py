@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.errors import UserError
@@ -46,6 +46,13 @@ def encode_texts(
     """
     if not texts:
         return []
+    if (encode := _compiled(tokenizer)) is None:
+        return _call(tokenizer, texts, add_special_tokens)
+    _call(tokenizer, ["a"], add_special_tokens)  # tells the compiled half how to go about it
+    return [encoding.ids for encoding in encode(list(texts), add_special_tokens=add_special_tokens)]
+
+
+def _call(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
     found: list[list[int]] = tokenizer(
         list(texts),
         add_special_tokens=add_special_tokens,
@@ -56,3 +63,18 @@ def encode_texts(
         verbose=False,
     )["input_ids"]
     return found
+
+
+# What a tokenizer's class may do itself with texts, by the names of transformers 4 and 5.
+_OWN = ("__call__", "_call_one", "_encode_plus", "_batch_encode_plus", "batch_encode_plus")
+
+
+def _compiled(tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[Any]] | None:
+    """What encodes texts in the compiled half alone, in half of this thread's time; None where there is more to it, or no such half."""
+    from transformers import PreTrainedTokenizerFast
+
+    own = any(getattr(type(tokenizer), name, None) is not getattr(PreTrainedTokenizerFast, name, None) for name in _OWN)
+    if own or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    encode: Callable[..., list[Any]] = tokenizer.backend_tokenizer.encode_batch_fast
+    return encode
