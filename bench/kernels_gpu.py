@@ -151,7 +151,14 @@ class Cache:
         self.scale = head_dim**-0.5
 
     def decode(
-        self, per_sm: int, tile: int, stages: int, warps: int, item_tiles: int, registers: int | None = None
+        self,
+        per_sm: int,
+        tile: int,
+        stages: int,
+        warps: int,
+        item_tiles: int,
+        registers: int | None = None,
+        narrow_scores: bool = False,
     ) -> tuple[list[Callable[[], object]], torch.Tensor]:
         """Our decode of each layer, and its output."""
         batch = len(self.lens)
@@ -162,7 +169,7 @@ class Cache:
         )
         out = torch.full_like(q, float("nan"))
         paged_decode.plan_decode(self.slots, self.lens, programs, buffers, tile=tile, item_tiles=item_tiles)
-        options = {"tile": tile, "launch": paged_decode.DecodeLaunch(per_sm, stages, warps, registers)}
+        options = {"tile": tile, "launch": paged_decode.DecodeLaunch(per_sm, stages, warps, registers, narrow_scores)}
         return [
             partial(
                 paged_decode.paged_decode, q, k, v, self.tables, programs, buffers, self.scale, out,
@@ -249,8 +256,9 @@ def fp8_section(block_size: int) -> list[Row]:
     """Decode, prefill and the store with a cache in eight bits, beside the same in bfloat16."""
     rows: list[Row] = []
     forms = [
-        (2, 64, 6, 4, None), (2, 64, 10, 4, None), (3, 64, 6, 4, 168), (3, 64, 8, 4, 168), (4, 64, 6, 4, 128), (4, 64, 8, 4, 128),
-        (2, 128, 6, 4, None), (2, 128, 8, 4, None), (2, 128, 6, 8, 128), (4, 32, 8, 2, None), (6, 32, 8, 2, 168),
+        (2, 64, 6, 4, None, False), (4, 64, 8, 2, None, False), (2, 128, 6, 4, None, False), (4, 32, 8, 2, None, False),
+        (2, 64, 8, 4, None, True), (3, 64, 6, 4, 168, True), (3, 64, 8, 4, 168, True), (4, 64, 6, 4, 128, True),
+        (2, 128, 6, 4, None, True), (2, 128, 8, 4, None, True),
     ]  # fmt: skip
     for batch in (256, 128, 32):
         lens = random_lens(batch, 100, 1500)
@@ -260,17 +268,18 @@ def fp8_section(block_size: int) -> list[Row]:
         print(rows[-1], flush=True)
         cache = Cache(lens, 16, 8, 128, block_size, layers=16, fp8=True)
         ceiling = read_ceiling(cache.bytes)
-        for per_sm, tile, stages, warps, registers in forms:
+        for per_sm, tile, stages, warps, registers, narrow in forms:
             try:
-                calls, out = cache.decode(per_sm, tile, stages, warps, paged_decode.ITEM_TILES, registers)
+                calls, out = cache.decode(per_sm, tile, stages, warps, paged_decode.ITEM_TILES, registers, narrow)
                 us = layer_us(calls)
                 cache.check(calls[0], out)
             except triton.runtime.errors.OutOfResources as error:
-                print(per_sm, tile, stages, warps, error, flush=True)
+                print(per_sm, tile, stages, warps, narrow, error, flush=True)
                 continue
             rows.append({
                 "batch": batch, "kernel": "decode, fp8", "programs_per_sm": per_sm, "tile": tile, "stages": stages, "warps": warps,
-                "registers": registers, "us": round(us, 1), "of_read_ceiling": round(cache.bytes / us / 1e3 / ceiling, 3),
+                "registers": registers, "narrow_scores": narrow, "us": round(us, 1),
+                "of_read_ceiling": round(cache.bytes / us / 1e3 / ceiling, 3),
             })  # fmt: skip
             print(rows[-1], flush=True)
     chunks = {"16 x 1024": [(1024, 1024)] * 16, "100 x 160 after 1024": [(160, 1184)] * 100}

@@ -41,6 +41,7 @@ DECODE_SHAPE = {
     "TILE": 64,
 }
 DECODE_SHAPE |= {"MERGE_G": 2, "MERGE_J": 32, "SHARED_J": 8, "STAGES": 6, "PRECISION": "tf32", "ASM": True, "PDL": True}
+DECODE_SHAPE |= {"NARROW_SCORES": False}
 PREFILL_SHAPE = {"NUM_HEADS": 16, "GROUP": 2, "HEAD_DIM": 128, "BLOCK_D": 128, "BLOCK_SIZE": 64, "BLOCK_M": 64}
 PREFILL_SHAPE |= {"BLOCK_N": 64, "STAGES": 3, "PRECISION": "tf32"}
 PLAN_SHAPE = {"TILE": 64, "MIN_TILES": 4, "ITEM_TILES": 2, "BLOCK_B": 256, "BLOCK_P": 256}
@@ -81,6 +82,10 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         launch = {"TILE": 32, "STAGES": 8, "num_warps": 2} if fp8 else {}
         shape = DECODE_SHAPE | switches | launch
         found.append((f"decode, {kind}", paged_decode._decode_kernel, DECODE | words | scaled, shape))
+        if fp8:
+            types = DECODE | words | scaled | {"k_ptr": FP8}
+            narrow = {"NARROW_SCORES": True, "BLOCK_G": paged_decode.NARROW_HEADS, "TILE": 64, "num_warps": 4}
+            found.append((f"decode of narrow scores, {kind}", paged_decode._decode_kernel, types, shape | narrow))
         prefill = {**QKV, "tiles": I32, **scaled}
         found.append((f"prefill, {kind}", paged_prefill._prefill_kernel, prefill | values, PREFILL_SHAPE | switches))
         plan = {"slots": I64, "context_lens": I64, "starts": I32, "items": I32, "skipped": I32, "row_of": I32}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from nanovllm.kernels.fp8_cache import FP8, load_scales, scale_words, unpack_pairs
+from nanovllm.kernels.fp8_cache import FP8, load_scales, scale_words, split_rows, unpack_pairs
 from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ MIN_PART_TOKENS = 256
 MERGE_VALUES = 8192
 # And of those over shared prefixes, which wait in registers while its own tokens are read.
 SHARED_VALUES = 2048
+# Query heads of scores in eight bits: their high and low parts fill the 16 rows of the smallest product.
+NARROW_HEADS = 8
 # What a program loses between two sequences, in tiles.
 ITEM_TILES = 2
 
@@ -38,12 +40,15 @@ class DecodeLaunch(NamedTuple):
         programs_per_sm: programs a multiprocessor.
         num_stages: how deep the pipeline is that reads the tiles; num_warps: of a program.
         max_registers: of a thread; None: as many as it takes, which leaves room for two programs.
+        narrow_scores: with a cache in eight bits and up to 8 query heads a KV head: scores are products of eight bits, so that keys
+            are not widened. For four warps and tiles of 64 tokens or more; with less Hopper has no such product and widens both.
     """
 
     programs_per_sm: int = 2
     num_stages: int = 6
     num_warps: int = 4
     max_registers: int | None = None
+    narrow_scores: bool = False
 
 
 LAUNCH = DecodeLaunch()
@@ -262,8 +267,9 @@ def paged_decode(
     block_d, merge_g = triton.next_power_of_2(head_dim), triton.next_power_of_2(group)
     assert k_cache.stride() == v_cache.stride() and q.is_contiguous() and out.is_contiguous()
     pdl = other_kernel_between and use_pdl(q)
+    narrow_scores = launch.narrow_scores and scales is not None and group <= NARROW_HEADS
     if scales is not None:
-        k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
+        k_cache, v_cache = k_cache if narrow_scores else k_cache.view(torch.int16), v_cache.view(torch.int16)
     # Heads vary fastest, so programs that run together read neighbouring parts of the same tokens.
     _decode_kernel[(num_kv_heads, programs)](
         q,
@@ -276,10 +282,10 @@ def paged_decode(
         scale_words(scales),
         scale * 1.4426950408889634,
         block_tables.stride(0),
-        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
-        BLOCK_G=max(16, triton.next_power_of_2(group)),
+        BLOCK_G=NARROW_HEADS if narrow_scores else max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         BLOCK_SIZE=block_size,
@@ -292,6 +298,7 @@ def paged_decode(
         SHARED=shared is not None,
         SOFTCAP=softcap * 1.4426950408889634,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        NARROW_SCORES=narrow_scores,
         ASM=q.is_cuda,
         PDL=pdl,
         launch_pdl=pdl,
@@ -335,13 +342,17 @@ def _decode_kernel(
     SHARED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    NARROW_SCORES: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # Eight-bit values come in words of two neighbours: those of even and of odd dimensions have a product each.
+    # Eight-bit values come in words of two neighbours: those of even and of odd dimensions have a product each. Not so keys whose
+    # scores are products of eight bits, with queries split in two parts. Those products want 64 rows, so their rows are tokens,
+    # and those with the values are turned like them.
     FP8: tl.constexpr = scales is not None
     PACK: tl.constexpr = 2 if FP8 else 1
     OPERAND: tl.constexpr = tl.float32 if q_ptr.dtype.element_ty == tl.float32 else tl.float16
+    TOKENS: tl.constexpr = 0 if NARROW_SCORES else 1  # the axis of scores that is tokens; the other is heads
     head = tl.program_id(0)
     program = tl.program_id(1)
     first_item = tl.load(starts + program)
@@ -352,8 +363,13 @@ def _decode_kernel(
     heads = head * GROUP + group
     out_mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
     out_offsets = heads[:, None] * HEAD_DIM + dim[None, :]
-    q_mask = (group < GROUP)[:, None] & (word < HEAD_DIM // PACK)[None, :]
-    q_offsets = heads[:, None] * HEAD_DIM + word[None, :] * PACK
+    if NARROW_SCORES:  # the two parts of a head follow one another: a thread has the scores of both
+        part = tl.arange(0, 2 * BLOCK_G)
+        q_mask = (part // 2 < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+        q_offsets = (head * GROUP + part // 2)[:, None] * HEAD_DIM + dim[None, :]
+    else:
+        q_mask = (group < GROUP)[:, None] & (word < HEAD_DIM // PACK)[None, :]
+        q_offsets = heads[:, None] * HEAD_DIM + word[None, :] * PACK
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     ROW: tl.constexpr = NUM_HEADS * HEAD_DIM
     # Partial results are joined without the rows that fill up `group`.
@@ -366,7 +382,9 @@ def _decode_kernel(
         return
     row, slot, start, end, first, count = _load_item(items, first_item)
     q = tl.load(q_ptr + row.to(tl.int64) * ROW + q_offsets, mask=q_mask, other=0.0)
-    if FP8:
+    if NARROW_SCORES:
+        q, q_scale = split_rows(q, (part % 2 == 0)[:, None])
+    elif FP8:
         q = (q.to(tl.float32) * scale_log2).to(OPERAND)
         q_odd = tl.load(q_ptr + row.to(tl.int64) * ROW + q_offsets + 1, mask=q_mask, other=0.0)
         q_odd = (q_odd.to(tl.float32) * scale_log2).to(OPERAND)
@@ -377,10 +395,14 @@ def _decode_kernel(
         table = block_tables + slot.to(tl.int64) * stride_table
         best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
         # Added up over the tokens of a tile at the end: a sum over warps in every tile would stop them all.
-        totals = tl.zeros((BLOCK_G, TILE), tl.float32)
-        acc = tl.zeros((BLOCK_G, BLOCK_D // PACK), tl.float32)
+        if NARROW_SCORES:
+            totals = tl.zeros((TILE, BLOCK_G), tl.float32)
+            acc = tl.zeros((BLOCK_D // 2, BLOCK_G), tl.float32)
+        else:
+            totals = tl.zeros((BLOCK_G, TILE), tl.float32)
+            acc = tl.zeros((BLOCK_G, BLOCK_D // PACK), tl.float32)
         if FP8:
-            acc_odd = tl.zeros((BLOCK_G, BLOCK_D // 2), tl.float32)
+            acc_odd = tl.zeros_like(acc)
         if WINDOWED:
             seen = tl.load(items + item * 8 + 6)
         if SHARED:  # on their way while the sequence's own tokens are read
@@ -401,45 +423,66 @@ def _decode_kernel(
             else:
                 block = tl.load(table + tokens // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
                 token_offsets = block * stride_block + (tokens % BLOCK_SIZE).to(tl.int64) * stride_token
-            offsets = token_offsets[:, None] + head * stride_head + word[None, :]
-            mask = inside[:, None] & (word < HEAD_DIM // PACK)[None, :]
-            k = tl.load(k_ptr + offsets, mask=mask, other=0)
+            if NARROW_SCORES:
+                row_offsets = token_offsets + head * stride_head
+                k_mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
+                k = tl.load(k_ptr + (row_offsets * PACK)[:, None] + dim[None, :], mask=k_mask, other=0.0)
+                # Of the values: the pipeline takes them turned as they are loaded, not a load that is turned.
+                offsets = row_offsets[None, :] + word[:, None]
+                mask = inside[None, :] & (word < HEAD_DIM // PACK)[:, None]
+            else:
+                offsets = token_offsets[:, None] + head * stride_head + word[None, :]
+                mask = inside[:, None] & (word < HEAD_DIM // PACK)[None, :]
+                k = tl.load(k_ptr + offsets, mask=mask, other=0)
             if FP8:
                 k_scale, v_exponent, v_inverse = load_scales(
                     scales, block, head, tokens % BLOCK_SIZE, inside, NUM_KV_HEADS, BLOCK_SIZE
                 )
-                k, k_odd = unpack_pairs(k, ASM)
-                scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision=PRECISION)
-                scores = tl.dot(q_odd, tl.trans(k_odd.to(OPERAND)), scores, input_precision=PRECISION)
-                scores = scores * k_scale[None, :]
+                if NARROW_SCORES:
+                    high, low = tl.split(tl.reshape(tl.dot(k, tl.trans(q)), (TILE, BLOCK_G, 2)))
+                    scores = (high + low) * (q_scale * scale_log2)[None, :]
+                else:
+                    k, k_odd = unpack_pairs(k, ASM)
+                    scores = tl.dot(q, tl.trans(k.to(OPERAND)), input_precision=PRECISION)
+                    scores = tl.dot(q_odd, tl.trans(k_odd.to(OPERAND)), scores, input_precision=PRECISION)
+                scores = scores * tl.expand_dims(k_scale, 1 - TOKENS)
             else:
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
             if SOFTCAP > 0:
                 scores = softcap_scores(scores, SOFTCAP)
             if FP8:
-                scores += v_exponent[None, :]
-            scores = tl.where(inside[None, :], scores, float("-inf"))
-            new_best = tl.maximum(best, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_best[:, None])
+                scores += tl.expand_dims(v_exponent, 1 - TOKENS)
+            scores = tl.where(tl.expand_dims(inside, 1 - TOKENS), scores, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, axis=TOKENS))
+            weights = tl.exp2(scores - tl.expand_dims(new_best, TOKENS))
             rescale = tl.exp2(best - new_best)
             v = tl.load(v_ptr + offsets, mask=mask, other=0)
             if FP8:
-                totals = totals * rescale[:, None] + weights * v_inverse[None, :]
+                totals = totals * tl.expand_dims(rescale, TOKENS) + weights * tl.expand_dims(v_inverse, 1 - TOKENS)
                 v, v_odd = unpack_pairs(v, ASM)
                 weights = weights.to(OPERAND)
-                acc = acc * rescale[:, None] + tl.dot(weights, v.to(OPERAND), input_precision=PRECISION)
-                acc_odd = acc_odd * rescale[:, None] + tl.dot(weights, v_odd.to(OPERAND), input_precision=PRECISION)
+                if NARROW_SCORES:
+                    acc = acc * rescale[None, :] + tl.dot(v.to(OPERAND), weights, input_precision=PRECISION)
+                    acc_odd = acc_odd * rescale[None, :] + tl.dot(v_odd.to(OPERAND), weights, input_precision=PRECISION)
+                else:
+                    acc = acc * rescale[:, None] + tl.dot(weights, v.to(OPERAND), input_precision=PRECISION)
+                    acc_odd = acc_odd * rescale[:, None] + tl.dot(weights, v_odd.to(OPERAND), input_precision=PRECISION)
             else:
                 totals = totals * rescale[:, None] + weights
                 acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
             best = new_best
 
-        total = tl.sum(totals, axis=1)
+        total = tl.sum(totals, axis=TOKENS)
         q = tl.load(q_ptr + next_row.to(tl.int64) * ROW + q_offsets, mask=q_mask, other=0.0)
-        if FP8:
+        if NARROW_SCORES:
+            q, q_scale = split_rows(q, (part % 2 == 0)[:, None])
+        elif FP8:
             q = (q.to(tl.float32) * scale_log2).to(OPERAND)
             q_odd = tl.load(q_ptr + next_row.to(tl.int64) * ROW + q_offsets + 1, mask=q_mask, other=0.0)
             q_odd = (q_odd.to(tl.float32) * scale_log2).to(OPERAND)
+        if FP8:
+            if NARROW_SCORES:
+                acc, acc_odd = tl.trans(acc), tl.trans(acc_odd)
             acc = tl.reshape(tl.join(acc, acc_odd), (BLOCK_G, BLOCK_D))
         if SHARED:
             shared_best, shared_total, shared_acc = _join_results(

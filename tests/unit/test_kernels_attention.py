@@ -26,8 +26,10 @@ from nanovllm.kernels.fp8_cache import quantize_rows
 from nanovllm.kernels.paged_attention import context_slots, gather_kv, paged_decode_torch, paged_prefill_torch
 from nanovllm.kernels.paged_decode import (
     ITEM_TILES,
+    LAUNCH,
     MIN_PART_TOKENS,
     DecodeBuffers,
+    DecodeLaunch,
     decode_programs,
     decode_tile,
     make_decode_buffers,
@@ -198,6 +200,7 @@ def decoded(
     item_tiles: int = ITEM_TILES,
     window: int = 0,
     softcap: float = 0.0,
+    launch: DecodeLaunch = LAUNCH,
 ) -> torch.Tensor:
     """A planned launch on poisoned buffers; only the batch's rows are written, and zeros are those of padding."""
     batch, lens = len(cache.lens), torch.tensor(cache.lens, device=DEVICE)
@@ -215,6 +218,7 @@ def decoded(
         cache.case.dim**-0.5,
         padded[1:-1],
         tile=tile,
+        launch=launch,
         window=window,
         softcap=softcap,
         scales=cache.scales,
@@ -593,6 +597,7 @@ def test_paged_prefill_with_windows(dtype: torch.dtype, window: int, softcap: fl
         (Case(80, 64, 5, 1, "heads first"), 0, 0.0),
         (Case(128, 256, 8, 1, "interleaved"), 40, 0.0),
         (Case(256, 32, 1, 2, "apart"), 0, 5.0),
+        (Case(64, 64, 16, 1, "interleaved"), 0, 0.0),
     ],
 )
 def test_a_cache_in_eight_bits(
@@ -603,12 +608,17 @@ def test_a_cache_in_eight_bits(
     query_lens, lens = some_chunks(random.Random(window))
     cache = Cache(case, [*lens, 0], dtype, 1)
     cache.quantize()
-    q = cache.queries(len(lens) + 1, dtype, 2)
+    # As a model's, of which narrow scores' two parts lose nothing.
+    q = cache.queries(len(lens) + 1, dtype, 2).bfloat16().to(dtype)
     expected = attended_by_all(cache, q, window, softcap)
-    for programs in (1, 12):
-        buffers = buffers_for(case, len(lens) + 1, 12)
-        tile = decode_tile(case.dim, cache.k.dtype)
-        out = decoded(cache, q, programs, buffers, tile, window=window, softcap=softcap)
+    tile = decode_tile(case.dim, cache.k.dtype)
+    # A GPU's products of eight bits keep 14 bits of their sums.
+    launches = [(1, False), (12, dtype == torch.bfloat16)] if GPU else [(1, False), (12, True)]
+    for programs, narrow in launches:
+        buffers, launch = buffers_for(case, len(lens) + 1, 12), DecodeLaunch(narrow_scores=narrow)
+        out = decoded(
+            cache, q, programs, buffers, 64 if narrow else tile, window=window, softcap=softcap, launch=launch
+        )
         assert_close_rows(out, expected)
     q = cache.queries(sum(query_lens), dtype, 3)
     out = prefilled(cache, q, [*query_lens, 0], window=window, softcap=softcap)
