@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from nanovllm.kernels.fp8_cache import FP8, load_scales, scale_words, split_rows, unpack_pairs
-from nanovllm.kernels.triton_compat import tl, triton, use_pdl
+from nanovllm.kernels.triton_compat import HAS_NARROW_PRODUCTS, tl, triton, use_pdl
 
 if TYPE_CHECKING:
     from nanovllm.kernels.shared_prefix import SharedBuffers
@@ -40,8 +40,8 @@ class DecodeLaunch(NamedTuple):
         programs_per_sm: programs a multiprocessor.
         num_stages: how deep the pipeline is that reads the tiles; num_warps: of a program.
         max_registers: of a thread; None: as many as it takes, which leaves room for two programs.
-        narrow_scores: with a cache in eight bits and up to 8 query heads a KV head: scores are products of eight bits, so that keys
-            are not widened. For four warps and tiles of 64 tokens or more; with less Hopper has no such product and widens both.
+        narrow_scores: with a cache in eight bits, up to 8 query heads a KV head and Triton 3.5: scores are products of eight bits,
+            so that keys are not widened. For four warps and tiles of 64 tokens or more: a smaller product widens both on Hopper.
     """
 
     programs_per_sm: int = 2
@@ -267,7 +267,7 @@ def paged_decode(
     block_d, merge_g = triton.next_power_of_2(head_dim), triton.next_power_of_2(group)
     assert k_cache.stride() == v_cache.stride() and q.is_contiguous() and out.is_contiguous()
     pdl = other_kernel_between and use_pdl(q)
-    narrow_scores = launch.narrow_scores and scales is not None and group <= NARROW_HEADS
+    narrow_scores = launch.narrow_scores and scales is not None and group <= NARROW_HEADS and HAS_NARROW_PRODUCTS
     if scales is not None:
         k_cache, v_cache = k_cache if narrow_scores else k_cache.view(torch.int16), v_cache.view(torch.int16)
     # Heads vary fastest, so programs that run together read neighbouring parts of the same tokens.

@@ -15,8 +15,10 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
+    # Fills products of fewer than 16 columns up itself.
+    HAS_NARROW_PRODUCTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
 except ImportError:
-    HAS_TRITON = False
+    HAS_TRITON = HAS_NARROW_PRODUCTS = False
     triton = SimpleNamespace(jit=lambda function=None, **_: function if function else lambda kernel: kernel)
     tl = SimpleNamespace(constexpr=lambda value: value)
 
