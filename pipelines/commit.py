@@ -257,8 +257,8 @@ class OutputDirectory:
 
     def committed(self) -> set[int]:
         """Indexes of the shards that have their file."""
-        names = (re.fullmatch(r"part-(\d+)\.parquet", entry.base_name) for entry in children(self._parts))
-        return {int(match[1]) for match in names if match}
+        files = (entry.base_name for entry in children(self._parts) if entry.is_file)
+        return {int(match[1]) for name in files if (match := re.fullmatch(r"part-(\d+)\.parquet", name))}
 
     def put_run(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a file of `_run/`."""
