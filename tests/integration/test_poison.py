@@ -18,7 +18,10 @@ POISONED = 123  # of the undisturbed dataset's rows, the one whose prompt holds 
 
 @pytest.mark.parametrize(
     ("how", "reason", "deaths"),
-    [("raise", "RuntimeError: poisoned", 4), ("kill", "its process vanished each time", 8)],
+    [
+        pytest.param("raise", "RuntimeError: poisoned", 4, marks=pytest.mark.long),
+        ("kill", "its process vanished each time", 8),
+    ],
 )
 def test_a_prompt_that_kills_the_engine_is_one_error_row(
     undisturbed: Path,

@@ -94,6 +94,7 @@ def test_on_s3_killed_it_ends_the_same(undisturbed: Path, workplace: Path, s3: i
     assert left == {*files, "ledger", "history"}
 
 
+@pytest.mark.long
 def test_on_s3_by_environment_an_actor_dies(
     undisturbed: Path, workplace: Path, s3: int, chat_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

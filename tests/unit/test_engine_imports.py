@@ -67,8 +67,8 @@ def test_no_file_of_the_engine_knows_ray_or_the_pipelines() -> None:
 
 
 def test_inner_rooms_do_not_know_the_outer_ones() -> None:
-    """llm -> engine -> models -> layers -> kernels; `models.config` and `utils.context` are plain records anyone may use."""
-    allowed = {"nanovllm.models.config", "nanovllm.utils.context", "nanovllm.errors"}
+    """llm -> engine -> models -> layers -> kernels; `models.config`, `models.quantization` and `utils.context` are plain records."""
+    allowed = {"nanovllm.models.config", "nanovllm.models.quantization", "nanovllm.utils.context", "nanovllm.errors"}
     order = ["kernels", "layers", "models", "engine"]
     for rank, room in enumerate(order):
         outer = tuple(f"nanovllm.{name}" for name in [*order[rank + 1 :], "llm", "async_llm"])
