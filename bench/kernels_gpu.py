@@ -34,7 +34,7 @@ from nanovllm.kernels import (
     scaled_linear,
     skinny_linear,
 )
-from nanovllm.kernels.fp8_cache import quantize_rows as quantize_cache_rows
+from nanovllm.kernels.fp8_cache import quantize_kv_rows
 from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch
 from nanovllm.utils.roofline import H200
 
@@ -139,7 +139,7 @@ class Cache:
         self.scales: list[dict[str, torch.Tensor]] = [{} for _ in self.layers]
         if fp8:
             for i, layer in enumerate(self.layers):
-                values, scales = zip(*map(quantize_cache_rows, layer), strict=True)
+                values, scales = zip(*map(quantize_kv_rows, layer), strict=True)
                 self.layers[i] = values
                 self.scales[i] = {"scales": torch.stack(scales, -1).transpose(1, 2).contiguous()}
         self.k, self.v = self.layers[0]
@@ -611,7 +611,7 @@ def linear_section(block_size: int) -> list[Row]:
                     ]
                     report("fp8 _scaled_mm", theirs, 1, H200.flops_8bit)
                 best: tuple[float, scaled_linear.ScaledTiles] | None = None
-                chosen = scaled_linear.scaled_tiles(m, n, k, 132, partial=name in ("o", "down"))
+                chosen = scaled_linear.scaled_tiles(m, n, k, 132, grouped=group > 0, partial=name in ("o", "down"))
                 for tiles in dict.fromkeys([chosen, *SCALED_TILES]):
                     small = tiles.block_m == 64
                     if (

@@ -482,9 +482,8 @@ def load(arguments: Sequence[str]) -> Command:
     if options.demo and not options.config:
         values.update(model=str(DEMO_DIRECTORY / "model"), input=str(DEMO_DIRECTORY / "prompts.parquet"))
         values["output"] = DEMO_OUTPUT
-    if (
-        isinstance(values.get("output"), dict) and "order" in values["output"]
-    ):  # as a section, with the directory from the flag
+    # As a section, with the directory from the flag.
+    if isinstance(values.get("output"), dict) and "order" in values["output"]:
         values["output.order"] = values["output"].pop("order")
     for override in options.overrides:
         _apply(values, override)

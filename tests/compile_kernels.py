@@ -190,7 +190,7 @@ def quantized_forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         found.append((f"quantize {numbers}", quantize._quantize_rows_kernel, types, shape))
     for numbers, rows, apart, out in ((FP8, 8, True, F32), (I8, 100, False, BF16), (FP8, 4096, True, BF16)):
         types = {"x_ptr": numbers, "weight_ptr": numbers, "x_scale_ptr": F32, "scale_ptr": F32, "bias_ptr": BF16}
-        scaled = scaled_linear.scaled_tiles(rows, 6144, 4096, 132, partial=out == F32)
+        scaled = scaled_linear.scaled_tiles(rows, 6144, 4096, 132, grouped=apart, partial=out == F32)
         shape = {"BLOCK_M": scaled.block_m, "BLOCK_N": scaled.block_n, "BLOCK_K": 128, "STAGES": scaled.stages}
         shape |= {"GROUPED": apart, "EVEN_N": apart, "PDL": True, "num_warps": scaled.warps}
         form = f"scaled {numbers} {rows}, grouped {apart}"

@@ -30,7 +30,6 @@ CACHE_SIZE = 512
 # States that share one compiled form before another is made for the next ones: those of one share what they find out under a lock,
 # so threads would wait for each other.
 STATES_PER_MATCHER = 16
-_FAMILY = itemgetter(0)
 # A long constant is forced piece by piece.
 MAX_FORCED_TOKENS = 256
 # Sets of tokens that llguidance allows as a whole where a text may go on freely. Its own are of texts of up to 10 and 30 characters: a text
@@ -117,7 +116,7 @@ class GrammarCompiler:
                 jobs.append((inner.family, place, (inner.matcher, token_id)))
         if jobs:
             # As in `start_masks`: those that share a lock are side by side.
-            jobs.sort(key=_FAMILY)
+            jobs.sort(key=itemgetter(0))
             taken = self._executor.consume_token_par([job for _, _, job in jobs])
             for (_, place, _), fit in zip(jobs, taken, strict=True):
                 fits[place] = fit

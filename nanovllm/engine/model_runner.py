@@ -32,6 +32,7 @@ from nanovllm.engine.token_masks import mask_words
 from nanovllm.errors import UserError
 from nanovllm.kernels.fp8_cache import FP8, SCALE_BYTES, scales_shape
 from nanovllm.kernels.sampling import LEAST_KEY, RowMasks
+from nanovllm.kernels.triton_compat import FP8_CAPABILITY
 from nanovllm.layers.attention import Attention, AttentionBatch, SharingBackend, select_backend
 from nanovllm.layers.backends.torch_backend import TorchBackend
 from nanovllm.layers.lora import AdapterTokens
@@ -54,8 +55,6 @@ MAX_CPU_POOL_BYTES = 4 << 30
 CONTEXT_BYTES = 600 << 20
 SPARE_BYTES = 256 << 20
 GRAPH_LAYER_BYTES = 96 << 10
-# The least that converts eight-bit floats in hardware.
-FP8_CAPABILITY = (8, 9)
 
 
 def resolve_device(config: EngineConfig, rank: int, apart: bool = False) -> torch.device:
@@ -513,9 +512,8 @@ class ModelRunner:
         lens = _lens_of(self.config.max_num_batched_tokens, count, self.max_model_len)
         self._run(_warm_up_step(lens, decode=False))
         graph_bytes = 0
-        if (
-            self.can_share
-        ):  # compiled here, not in the middle of a job: the plan has a form for up to 256 sequences, and one for more
+        if self.can_share:
+            # Compiled here, not in the middle of a job: the plan has a form for up to 256 sequences, and one for more.
             for size in sorted({min(count, 256), count}):
                 self._run(_warm_up_step([1] * size, decode=True)._replace(shares=True))
         if self.uses_graphs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -273,12 +274,10 @@ class RequestMaker:
         values: Any = np.asarray(given) if isinstance(given, array) else given
         if isinstance(values, np.ndarray) and (values.ndim != 1 or values.dtype.kind not in "iu"):
             values = values.tolist()
-        try:
+        with contextlib.suppress(TypeError, OverflowError):  # of something that is no integer, or a large one
             numbers = values if isinstance(values, np.ndarray) else np.asarray(array(TOKEN, values))
             if not numbers.size or (numbers.min() >= 0 and numbers.max() < self._vocab_size):
                 return array(TOKEN, numbers.astype(np.int32, copy=False).tobytes())
-        except (TypeError, OverflowError):
-            pass  # of something that is no integer, or a large one
         most = self._vocab_size - 1
         wrong = next(value for value in values if not isinstance(value, Integral) or not 0 <= int(value) <= most)
         shown = wrong.item() if isinstance(wrong, np.generic) else wrong

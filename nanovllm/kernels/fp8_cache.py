@@ -29,7 +29,7 @@ def scales_shape(blocks: int, block_size: int, num_kv_heads: int) -> tuple[int, 
     return blocks, num_kv_heads, block_size, 2
 
 
-def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_kv_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`rows` [..., D] as e4m3 values [..., D] and their scales [...] in bfloat16."""
     rows = rows.float()
     exponents = rows.abs().amax(-1).clamp(min=LEAST_VALUE).frexp().exponent - 1
@@ -48,7 +48,7 @@ def store_rows_torch(
     """Write keys and values [T, Hkv, D] at `slots` [T] of the caches [N, P, Hkv, D]."""
     block, offset = slots // k_cache.shape[1], slots % k_cache.shape[1]
     for index, (rows, cache) in enumerate(((k, k_cache), (v, v_cache))):
-        values, row_scales = quantize_rows(rows)
+        values, row_scales = quantize_kv_rows(rows)
         # torch moves eight-bit floats as bytes, or not at all.
         cache.view(torch.uint8)[block, offset] = values.view(torch.uint8)
         scales[block, :, offset, index] = row_scales
@@ -62,7 +62,7 @@ def gather_scales(scales: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def quantize_halves(low, high):
-    """Rows whose values lie in two halves, `low` and `high` [R, H], as e4m3 halves and scales [R]: see `quantize_rows`."""
+    """Rows whose values lie in two halves, `low` and `high` [R, H], as e4m3 halves and scales [R]: see `quantize_kv_rows`."""
     low = low.to(tl.float32)
     high = high.to(tl.float32)
     scale, inverse = _row_scales(tl.maximum(tl.max(tl.abs(low), axis=1), tl.max(tl.abs(high), axis=1)))

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from nanovllm.kernels.scaled_linear import multiprocessors
-from nanovllm.kernels.triton_compat import tl, triton, use_pdl
+from nanovllm.kernels.triton_compat import multiprocessors, tl, triton, use_pdl
 
 # More rows than this are worth a widened copy of the weight.
 MAX_ROWS = 256

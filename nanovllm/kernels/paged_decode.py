@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from nanovllm.kernels.fp8_cache import FP8, load_scales, scale_words, split_rows, unpack_pairs
-from nanovllm.kernels.triton_compat import HAS_NARROW_PRODUCTS, tl, triton, use_pdl
+from nanovllm.kernels.triton_compat import HAS_NARROW_PRODUCTS, multiprocessors, tl, triton, use_pdl
 
 if TYPE_CHECKING:
     from nanovllm.kernels.shared_prefix import SharedBuffers
 
-# Multiprocessors where there is no GPU to ask.
-DEFAULT_SMS = 132
 # Joining partial results costs more than shorter parts gain.
 MIN_PART_TOKENS = 256
 # Values of partial results that a program joins at a time: half of it doubles what a single long sequence waits for its join.
@@ -69,8 +67,7 @@ def decode_tile(head_dim: int, dtype: torch.dtype) -> int:
 
 def decode_programs(num_kv_heads: int, device: torch.device, per_sm: int) -> int:
     """Programs a KV head."""
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else DEFAULT_SMS
-    return -(-sms * per_sm // num_kv_heads)
+    return -(-multiprocessors(device) * per_sm // num_kv_heads)
 
 
 class DecodeBuffers(NamedTuple):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from nanovllm.kernels.triton_compat import tl, triton, use_pdl
+from nanovllm.kernels.triton_compat import multiprocessors, tl, triton, use_pdl
 
 # Columns of a group; inner tile of all products.
 GROUP = 128
@@ -32,28 +32,26 @@ class ScaledTiles(NamedTuple):
 
 
 @cache
-def scaled_tiles(rows: int, n: int, k: int, sms: int, *, partial: bool = False) -> ScaledTiles:
-    """Tiles for [rows, k] x [n, k]^T on `sms` multiprocessors.
+def scaled_tiles(rows: int, n: int, k: int, sms: int, *, grouped: bool = False, partial: bool = False) -> ScaledTiles:
+    """Tiles for [rows, k] x [n, k]^T on `sms` multiprocessors, from what was fastest on an H200 (bench/NOTES.md).
 
     Args:
+        grouped: rows have a scale for each 128 columns: two sums, for which 128 x 128 needs the registers of eight warps.
         partial: the caller adds partial sums up.
     """
     if rows > 256:
-        return ScaledTiles(128, 128, 1, 4, 8)
-    block_m = 64 if rows <= 64 else 128
+        return ScaledTiles(128, 128, 1, 4, 8) if grouped else ScaledTiles(128, 128, 1, 3, 4)
+    block_m = 64 if rows <= 64 or (grouped and not partial) else 128
     row_tiles = -(-rows // block_m)
-    # The widest tiles that still occupy every multiprocessor.
-    block_n = next((width for width in (128, 64) if row_tiles * (n // width) >= sms), 32)
+    # The widest tiles that still occupy every multiprocessor, or nearly, cut along K where the caller adds up.
+    most_splits = 4 if partial else 1
+    widths = (64,) if partial and block_m == 128 else (128, 64)
+    block_n = next((width for width in widths if row_tiles * (n // width) * most_splits >= 0.9 * sms), 32)
     splits = 1
-    while partial and splits < 4 and row_tiles * (n // block_n) * splits < sms and k % (2 * splits * GROUP) == 0:
+    while splits < most_splits and row_tiles * (n // block_n) * splits < sms and k % (2 * splits * GROUP) == 0:
         splits *= 2
-    return ScaledTiles(block_m, block_n, splits, stages=5 if block_m == 64 else 4, warps=4)
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; where there is none, of an H200."""
-    return 132 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+    stages = 3 if (block_m, block_n) == (128, 128) else 4 if splits > 1 or block_m == 128 or grouped else 5
+    return ScaledTiles(block_m, block_n, splits, stages, warps=4)
 
 
 def scaled_linear_torch(
@@ -101,7 +99,7 @@ def scaled_linear(
     rows, (n, k) = len(x), weight.shape
     if len(scale) == 1 and rows > MAX_ROWS and x.is_cuda and x.dtype != torch.int8 and dtype == torch.bfloat16:
         return _cublas(x, x_scale, weight, scale, bias, out)
-    tiles = scaled_tiles(rows, n, k, multiprocessors(x.device), partial=partial and out is None)
+    tiles = scaled_tiles(rows, n, k, multiprocessors(x.device), grouped=len(scale) > 1, partial=partial and out is None)
     return triton_scaled_linear(x, x_scale, weight, scale, dtype, tiles, bias, out)
 
 

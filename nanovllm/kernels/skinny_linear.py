@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from nanovllm.kernels.activation import silu_and_mul_torch
 from nanovllm.kernels.lora import PART_COLUMNS, LowRank
-from nanovllm.kernels.triton_compat import HAS_TRITON, tl, triton, use_pdl
+from nanovllm.kernels.triton_compat import HAS_TRITON, multiprocessors, tl, triton, use_pdl
 
 # More rows are computation, not memory traffic, and larger weights take so long that a launch does not matter: there
 # cuBLAS is as fast or faster (bench/NOTES.md).
@@ -25,8 +25,6 @@ MAX_WEIGHT_ELEMENTS = 1 << 23
 BLOCK_K = 64
 # Columns of the adapters' low ranks that are taken at a time, at most.
 MOST_BLOCK_R = 128
-# Multiprocessors where there is no GPU to ask.
-DEFAULT_SMS = 132
 
 
 class SkinnyTiles(NamedTuple):
@@ -66,12 +64,6 @@ def skinny_tiles(
     return None
 
 
-@cache
-def _multiprocessors(index: int) -> int:
-    count: int = torch.cuda.get_device_properties(index).multi_processor_count
-    return count
-
-
 def choose_tiles(
     x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False, partial: bool = False
 ) -> SkinnyTiles | None:
@@ -79,7 +71,7 @@ def choose_tiles(
     if not (HAS_TRITON and x.is_cuda and x.dtype.itemsize == 2):
         return None
     n = len(weight) // (2 if gated else 1)
-    return skinny_tiles(len(x), n, weight.shape[1], _multiprocessors(x.device.index or 0), gated=gated, partial=partial)
+    return skinny_tiles(len(x), n, weight.shape[1], multiprocessors(x.device), gated=gated, partial=partial)
 
 
 def skinny_linear_torch(

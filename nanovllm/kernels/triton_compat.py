@@ -23,9 +23,26 @@ except ImportError:
     tl = SimpleNamespace(constexpr=lambda value: value)
 
 
+# The least compute capability that converts eight-bit floats in hardware.
+FP8_CAPABILITY = (8, 9)
+# Multiprocessors where there is no GPU to ask: an H200's.
+DEFAULT_SMS = 132
+
+
 def use_triton(tensor: torch.Tensor) -> bool:
     """Whether Triton kernels can take `tensor`; where not, the torch reference does."""
     return HAS_TRITON and tensor.is_cuda
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU, or `DEFAULT_SMS`."""
+    return _count_multiprocessors(device.index or 0) if device.type == "cuda" else DEFAULT_SMS
+
+
+@cache
+def _count_multiprocessors(index: int) -> int:
+    count: int = torch.cuda.get_device_properties(index).multi_processor_count
+    return count
 
 
 @cache

@@ -7,6 +7,8 @@ fused layer's parts it is (None where the layer is not fused). A layer that `kee
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,7 +22,7 @@ from nanovllm.layers.quantized import Numbers, QuantizedWeight, RoundedRows, som
 from nanovllm.models.quantization import WeightFormat, WeightScheme
 
 
-class ParallelLinear(nn.Module):
+class ParallelLinear(nn.Module, ABC):
     """What column and row shards share: a weight of this rank, plain or quantised, and adapters.
 
     Args:
@@ -35,9 +37,9 @@ class ParallelLinear(nn.Module):
         self.quantized: QuantizedWeight | None = None
         self.lora: LoraWeights | None = None
 
+    @abstractmethod
     def load(self, param: nn.Parameter, tensor: torch.Tensor, part: str | None) -> None:
         """Copy this rank's part of a checkpoint tensor."""
-        raise NotImplementedError
 
     def keep(self, scheme: WeightScheme) -> None:
         """Have the weight quantised in place of the plain one, where `scheme` has a form for its shape."""
@@ -48,9 +50,9 @@ class ParallelLinear(nn.Module):
             self.quantized = QuantizedWeight(self.out_features, self.in_features, form)
         del self.weight
 
+    @abstractmethod
     def load_quantized(self, weight: Numbers | torch.Tensor, part: str | None) -> None:
         """As `load`, into the quantised weight; a plain `weight` is quantised."""
-        raise NotImplementedError
 
     def product(self, x: torch.Tensor | RoundedRows, bias: torch.Tensor | None) -> torch.Tensor:
         """`x` [T, in_features] times the weight, plus `bias`: [T, out_features]."""
@@ -210,28 +212,28 @@ class RowParallelLinear(ParallelLinear):
     def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
         """[T, in_features / size] -> this rank's partial sums [T, out_features], or [S, T, out_features] in float32."""
         bias = self.bias if self.tp.rank == 0 else None
-        if self.tp.size > 1 or self.quantized is not None:
-            if self.quantized is None or self.tp.size > 1:
-                out = self._whole(x, bias)
-            else:
-                out = self.quantized.linear(x, bias, partial=self.splits)
-            if not self.has_adapters:
-                return out
-            assert isinstance(x, torch.Tensor)
-            return self.adapted(x, out)
-        assert isinstance(x, torch.Tensor)
-        tiles = choose_tiles(x, self.weight, partial=self.splits)
-        if tiles is None:
-            return self.adapted(x, self._whole(x, bias))
-        low_rank = self.low_rank(x, tiles)
-        out = skinny_linear(x, self.weight, tiles, bias, low_rank=low_rank)
-        return out if low_rank is not None else self.adapted(x, out)
-
-    def _whole(self, x: torch.Tensor | RoundedRows, bias: torch.Tensor | None) -> torch.Tensor:
-        """The product, in one piece on each rank."""
-        out = None
         if self.tp.size > 1:
-            out = self.tp.partial_buffer(self.slot, len(x), self.out_features, x.dtype)
+            out = self._into_buffer(x, bias)
+        elif self.quantized is not None:
+            out = self.quantized.linear(x, bias, partial=self.splits)
+        else:
+            assert isinstance(x, torch.Tensor)
+            tiles = choose_tiles(x, self.weight, partial=self.splits)
+            low_rank = self.low_rank(x, tiles)
+            if tiles is None:
+                out = self.product(x, bias)
+            else:
+                out = skinny_linear(x, self.weight, tiles, bias, low_rank=low_rank)
+            if low_rank is not None:
+                return out
+        if not self.has_adapters:
+            return out
+        assert isinstance(x, torch.Tensor)
+        return self.adapted(x, out)
+
+    def _into_buffer(self, x: torch.Tensor | RoundedRows, bias: torch.Tensor | None) -> torch.Tensor:
+        """The product, in the ranks' common memory where there is any for it."""
+        out = self.tp.partial_buffer(self.slot, len(x), self.out_features, x.dtype)
         if out is None:
             return self.product(x, bias)
         if self.quantized is not None:

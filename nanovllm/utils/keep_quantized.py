@@ -10,7 +10,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from nanovllm.kernels.triton_compat import HAS_TRITON
+from nanovllm.kernels.triton_compat import FP8_CAPABILITY, HAS_TRITON
 from nanovllm.layers.linear import ParallelLinear
 from nanovllm.layers.moe import FusedExperts
 from nanovllm.models.decoder import CausalLM
@@ -20,7 +20,7 @@ from nanovllm.utils.loader import expert_layers, linear_layers, stored_schemes
 
 def can_keep_quantized(device: torch.device) -> bool:
     """Whether `device` computes with weights that stay quantised, 8-bit floats too; elsewhere they become plain ones."""
-    return device.type == "cuda" and HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cuda" and HAS_TRITON and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 def keep_quantized(model: CausalLM, quantization: Quantization) -> None:

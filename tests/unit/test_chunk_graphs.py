@@ -16,7 +16,7 @@ from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.engine import cuda_graph, scheduler, shared_prefix, step_result
 from nanovllm.engine.chunk_input import ChunkInput, ChunkShape
 from nanovllm.engine.cuda_graph import ChunkGraphs
-from nanovllm.kernels import paged_decode
+from nanovllm.kernels import triton_compat
 from nanovllm.kernels.triton_compat import HAS_TRITON
 from nanovllm.utils.transfer import HostCopy
 
@@ -29,7 +29,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes its time for each."""
-    monkeypatch.setattr(paged_decode, "DEFAULT_SMS", 4)
+    monkeypatch.setattr(triton_compat, "DEFAULT_SMS", 4)
 
 
 class Replay:

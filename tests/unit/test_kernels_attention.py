@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from nanovllm.kernels import paged_decode as paged_decode_module
 from nanovllm.kernels.decode_step import advance, advance_torch, gather_decode, gather_decode_torch
-from nanovllm.kernels.fp8_cache import quantize_rows
+from nanovllm.kernels.fp8_cache import quantize_kv_rows
 from nanovllm.kernels.paged_attention import context_slots, gather_kv, paged_decode_torch, paged_prefill_torch
 from nanovllm.kernels.paged_decode import (
     ITEM_TILES,
@@ -38,7 +38,7 @@ from nanovllm.kernels.paged_decode import (
 )
 from nanovllm.kernels.paged_prefill import BLOCK_M, BLOCK_N, NUM_WARPS, paged_prefill, prefill_tiles
 from nanovllm.kernels.sampling import LEAST_KEY
-from nanovllm.kernels.triton_compat import HAS_TRITON
+from nanovllm.kernels.triton_compat import DEFAULT_SMS, HAS_TRITON
 from nanovllm.layers.attention import AttentionBackend, AttentionBatch, AttentionSpec
 from nanovllm.layers.backends import triton_backend
 from nanovllm.layers.backends.torch_backend import TorchBackend
@@ -121,7 +121,7 @@ class Cache:
         factors = 10 ** (torch.rand(2, *self.k.shape[:3], generator=generator) * 6 - 3)
         factors[0] = factors[0].clamp(max=1)  # of keys: no single score may decide
         values = torch.stack((self.k, self.v)) * factors[..., None].to(self.k)
-        rows, scales = quantize_rows(values)
+        rows, scales = quantize_kv_rows(values)
         stored = self.stored(rows.view(torch.uint8))
         self.k, self.v = (cache.view(rows.dtype) for cache in stored)
         self.scales = scales.permute(1, 3, 2, 0).contiguous()
@@ -456,7 +456,7 @@ def test_plan_decode_of_extremes(lens: list[int], programs: int, dtype: torch.dt
 
 
 def test_decode_programs_fill_the_device() -> None:
-    sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count if GPU else paged_decode_module.DEFAULT_SMS
+    sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count if GPU else DEFAULT_SMS
     for kv_heads in (1, 3, 8, 5000):
         programs = decode_programs(kv_heads, DEVICE, 2)
         assert (programs - 1) * kv_heads < sms * 2 <= programs * kv_heads

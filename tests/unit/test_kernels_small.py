@@ -12,7 +12,7 @@ import torch
 
 from nanovllm.kernels.activation import gelu_and_mul, gelu_and_mul_torch, silu_and_mul, silu_and_mul_torch
 from nanovllm.kernels.embedding import embedding_shard, embedding_shard_torch
-from nanovllm.kernels.fp8_cache import FP8, quantize_rows, scales_shape
+from nanovllm.kernels.fp8_cache import FP8, quantize_kv_rows, scales_shape
 from nanovllm.kernels.layernorm import add_rms_norm, add_rms_norm_torch
 from nanovllm.kernels.paged_attention import gather_kv
 from nanovllm.kernels.qk_norm_rope import qk_norm_rope_store, qk_norm_rope_store_torch
@@ -319,7 +319,7 @@ def test_rows_in_eight_bits() -> None:
     """Three bits of mantissa, whatever a row's size is, down to 2^-14 of its largest value; zeros stay zeros."""
     rows = randn(300, 96) * torch.logspace(-12, 12, 300, device=DEVICE)[:, None]
     rows[5], rows[6], rows[7, 1:] = 0.0, 448.0, 0.0
-    values, scales = quantize_rows(rows)
+    values, scales = quantize_kv_rows(rows)
     restored = values.float() * scales.float()[:, None]
     assert bool((scales.float().frexp().mantissa == 0.5).all())
     error, largest = (restored - rows).abs(), rows.abs().amax(-1, keepdim=True)

@@ -91,9 +91,10 @@ def test_scaled_linear(dtype: torch.dtype, group: int, tiles: ScaledTiles) -> No
 def test_tiles_cut_a_product_evenly() -> None:
     for rows in (1, 64, 65, 200, 257, 5000):
         for n, k in ((32, 128), (6144, 4096), (4096, 14336), (28672, 4096)):
-            tiles = scaled_tiles(rows, n, k, 132, partial=True)
-            assert k % (128 * tiles.splits) == 0
-            assert tiles.splits == 1 or rows <= 256
+            for grouped in (False, True):
+                tiles = scaled_tiles(rows, n, k, 132, grouped=grouped, partial=True)
+                assert k % (128 * tiles.splits) == 0
+                assert tiles.splits == 1 or rows <= 256
 
 
 @needs_triton

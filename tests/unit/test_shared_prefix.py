@@ -13,7 +13,7 @@ import torch
 from nanovllm.engine import shared_prefix
 from nanovllm.engine.shared_prefix import find_shared
 from nanovllm.kernels import paged_decode as paged_decode_module
-from nanovllm.kernels.fp8_cache import quantize_rows
+from nanovllm.kernels.fp8_cache import quantize_kv_rows
 from nanovllm.kernels.paged_attention import context_slots, paged_decode_torch
 from nanovllm.kernels.paged_decode import (
     LAUNCH,
@@ -172,7 +172,7 @@ def test_attention_equals_the_plain_one(
     k, v = torch.randn(2, blocks, block_size, kv_heads, dim, generator=generator).to(DEVICE)
     scales = None
     if fp8:
-        (k, v), row_scales = quantize_rows(torch.stack((k, v * 100)))
+        (k, v), row_scales = quantize_kv_rows(torch.stack((k, v * 100)))
         scales = row_scales.permute(1, 3, 2, 0).contiguous()
     # As a model's, of which narrow scores' two parts lose nothing.
     q = (2 * torch.randn(9, heads, dim, generator=generator)).bfloat16().float().to(DEVICE)
