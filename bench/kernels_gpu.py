@@ -46,7 +46,7 @@ except ImportError:
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
 Row = dict[str, Any]
-DEFAULTS = paged_decode.decode_launch(DTYPE)
+DEFAULTS = paged_decode.LAUNCH
 DECODE_DEFAULTS = (
     DEFAULTS.programs_per_sm,
     paged_decode.decode_tile(128, DTYPE),
@@ -169,7 +169,14 @@ class Cache:
         )
         out = torch.full_like(q, float("nan"))
         paged_decode.plan_decode(self.slots, self.lens, programs, buffers, tile=tile, item_tiles=item_tiles)
-        options = {"tile": tile, "launch": paged_decode.DecodeLaunch(per_sm, stages, warps, registers, narrow_scores)}
+        launch = DEFAULTS._replace(
+            programs_per_sm=per_sm,
+            num_stages=stages,
+            num_warps=warps,
+            max_registers=registers,
+            narrow_scores=narrow_scores,
+        )
+        options = {"tile": tile, "launch": launch}
         return [
             partial(
                 paged_decode.paged_decode, q, k, v, self.tables, programs, buffers, self.scale, out,

@@ -179,6 +179,7 @@ class ModelRunner:
             self.max_num_seqs,
             self.device,
             self.cache_dtype,
+            self.dtype,
         )
         self.backend.check_block_size(config.kvcache_block_size)
         online = ONLINE_FP8 if config.quantization == "fp8" and model_config.quantization is None else None

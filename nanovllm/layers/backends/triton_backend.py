@@ -41,8 +41,8 @@ class TritonBackend(SharingBackend):
 
     def prepare(self) -> None:
         """Buffers for the largest step."""
-        self.tile = decode_tile(self.head_dim, self.dtype)
-        self.launch = decode_launch(self.dtype)
+        self.launch = decode_launch(self.dtype, self.query_dtype, self.num_heads // self.num_kv_heads)
+        self.tile = decode_tile(self.head_dim, self.dtype, self.launch)
         self.programs = decode_programs(self.num_kv_heads, self.device, self.launch.programs_per_sm)
         self.buffers = make_decode_buffers(
             self.max_num_seqs, self.programs, self.num_heads, self.num_kv_heads, self.head_dim, self.device
