@@ -1,4 +1,4 @@
-"""What adapters cost: a workload without any and with several mixed in every batch, run by run in one engine.
+"""What adapters cost: a workload in an engine without any (plain); in one that has some, without (base) and with several mixed in every batch.
 
 `python bench/lora.py --workload 8b --adapters 8 --rank 16 32` makes random adapters of all linear layers in PEFT's format; the engine pads
 them to the largest rank.
@@ -93,23 +93,29 @@ def main() -> None:
     model = model_dir(spec.model)
     options = {"max_num_seqs": spec.max_num_seqs, "load_format": "dummy" if spec.model in SHAPES else "auto"}
     options |= dict(args.option)
+    total, seconds = 0, {name: [] for name in ("plain", "base", "mixed")}
     with tempfile.TemporaryDirectory() as directory:
         adapters = write_adapters(model, args.adapters, args.rank, Path(directory))
-        start = time.perf_counter()
-        llm = LLM(model, lora_adapters=adapters, **options)
-        load_s = time.perf_counter() - start
-    work = spec.make(llm.model_config.vocab_size)
-    kinds: dict[str, list[str | None]] = {"base": [None], "mixed": sorted(adapters)}
-    # Not timed: the same prompts, so that all sizes of steps are compiled and captured, and few tokens.
-    short = work._replace(max_tokens=[min(n, 32) for n in work.max_tokens])
-    seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    for names in kinds.values():
-        timed_run(llm, short, 2 * args.runs, names, args.temperature)
-    for run in range(args.runs):
-        for name, names in kinds.items():
-            seconds[name].append(timed_run(llm, work, 2 * run + (name == "mixed"), names, args.temperature))
-            print(f"{name} {run}: {sum(work.max_tokens) / seconds[name][-1]:.1f} output tok/s", flush=True)
-    rates = {name: round(sum(work.max_tokens) / statistics.median(times), 1) for name, times in seconds.items()}
+        for engine in ({}, adapters):
+            start = time.perf_counter()
+            llm = LLM(model, lora_adapters=engine, **options)
+            load_s = time.perf_counter() - start
+            work = spec.make(llm.model_config.vocab_size)
+            total = sum(work.max_tokens)
+            kinds: dict[str, list[str | None]] = (
+                {"base": [None], "mixed": sorted(engine)} if engine else {"plain": [None]}
+            )
+            # Not timed: the same prompts with few tokens, and rows that end one after another, so that all sizes of steps are captured.
+            short = work._replace(max_tokens=[-(-n // 16) for n in work.max_tokens])
+            for names in kinds.values():
+                timed_run(llm, short, 2 * args.runs, names, args.temperature)
+            for run in range(args.runs):
+                for name, names in kinds.items():
+                    seconds[name].append(timed_run(llm, work, 2 * run + (name == "mixed"), names, args.temperature))
+                    print(f"{name} {run}: {total / seconds[name][-1]:.1f} output tok/s", flush=True)
+            used = llm.config.model_dump(exclude={"model", "lora_adapters"})
+            llm.exit()
+    rates = {name: round(total / statistics.median(times), 1) for name, times in seconds.items()}
     result = {
         "benchmark": "lora",
         "workload": args.workload,
@@ -117,17 +123,20 @@ def main() -> None:
         "num_seqs": spec.num_seqs,
         "adapters": args.adapters,
         "ranks": args.rank,
-        "engine_options": llm.config.model_dump(exclude={"model", "lora_adapters"}),
+        "engine_options": used,
         "load_s": round(load_s, 2),
         "seconds": {name: [round(s, 3) for s in times] for name, times in seconds.items()},
+        "plain_tokens_per_s": rates["plain"],
         "base_tokens_per_s": rates["base"],
         "output_tokens_per_s": rates["mixed"],
+        "base_share": round(rates["base"] / rates["plain"], 4),
         "share": round(rates["mixed"] / rates["base"], 4),
     }
-    print(f"{rates}, share {result['share']}")
+    print(
+        f"{rates}, share {result['share']}, without adapters in the engine's rows {result['base_share']} of an engine without any"
+    )
     if args.save:
         print(save(args.save, result))
-    llm.exit()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class DecodeLaunch(NamedTuple):
         programs_per_sm: programs a multiprocessor.
         num_stages: how deep the pipeline is that reads the tiles; num_warps: of a program.
         tile_bytes: most bytes of keys that a program reads at a time, within tile_tokens: the least and the most tokens.
-        max_registers: of a thread; None: as many as it takes, which leaves room for two programs.
+        max_registers: of a thread, so that as many programs find room; None: as many as it takes, which is room for two.
         narrow_scores: with a cache in eight bits, up to 8 query heads a KV head and Triton 3.5: scores are products of eight bits,
             so that keys are not widened. For four warps and tiles of 64 tokens or more: a smaller product widens both on Hopper.
     """
@@ -55,7 +55,9 @@ class DecodeLaunch(NamedTuple):
 LAUNCH = DecodeLaunch()
 # Widening takes as long as reading: more programs work at a time, each on less (bench/NOTES.md).
 FP8_LAUNCH = DecodeLaunch(programs_per_sm=4, num_stages=8, num_warps=2, tile_bytes=1 << 12)
-NARROW_LAUNCH = DecodeLaunch(tile_tokens=(64, 128), narrow_scores=True)
+NARROW_LAUNCH = DecodeLaunch(
+    programs_per_sm=3, num_stages=5, tile_tokens=(64, 64), max_registers=168, narrow_scores=True
+)
 
 
 def decode_launch(dtype: torch.dtype, query_dtype: torch.dtype, group: int) -> DecodeLaunch:

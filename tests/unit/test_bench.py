@@ -311,7 +311,7 @@ def test_lora_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(saved.with_suffix(".json").read_text())
     assert result["share"] == pytest.approx(result["output_tokens_per_s"] / result["base_tokens_per_s"], abs=1e-3)
-    assert [len(times) for times in result["seconds"].values()] == [1, 1]
+    assert [len(times) for times in result["seconds"].values()] == [1, 1, 1]
 
 
 FAKE_VLLM = """
