@@ -280,6 +280,7 @@ class ModelRunner:
         pool = f"{num_blocks} KV blocks of {self.config.kvcache_block_size} tokens ({num_blocks * self.block_bytes >> 20} MiB)"
         parts = [name, dtype, f"attention backend {backend}", pool + " in fp8" * (self.cache_dtype == FP8)]
         if self.uses_graphs:
+            self.adapted = self.shares = False  # whatever the warm-up's steps had: what is captured holds nothing of it
             whole = self._graphs_of(False, False).whole
             whole.capture_all()
             self.masked_sampling = self._make_masked_sampling(whole.pool)
