@@ -25,10 +25,12 @@ from nanovllm.utils.transfer import to_device
 
 Outputs = TypeVar("Outputs", bound=tuple[torch.Tensor, ...])
 
-# Chunk tokens of graphs. In larger steps the device has enough to do for as long as the launches take.
+# Chunk tokens of graphs, but for steps as large as they may be, see `ChunkGraphs`.
 CHUNK_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 # Batch sizes of decodes beside chunks: so many of equal distance.
 CHUNK_DECODE_SIZES = 8
+# Of a full step's chunk tokens, below which padding them would cost more than launches.
+LEAST_FULL = 0.95
 # Graphs with chunks kept, the least recently used goes first.
 MAX_CHUNK_GRAPHS = 32
 # A capture takes as long as some steps without one: it is made when its size has come up so often.
@@ -215,8 +217,19 @@ class MaskedSampling:
 
 
 def most_chunk_tokens(max_num_batched_tokens: int) -> int:
-    """Most chunk tokens of a graph."""
+    """Most chunk tokens of a graph, but for full steps."""
     return min(CHUNK_TOKENS[-1], max_num_batched_tokens)
+
+
+def decode_step(max_num_seqs: int) -> int:
+    """Distance of the batch sizes of decodes beside chunks."""
+    return -(-max_num_seqs // CHUNK_DECODE_SIZES)
+
+
+def most_rows(max_num_seqs: int, max_num_batched_tokens: int, *, full_steps: bool) -> int:
+    """Rows of the largest step that a graph with chunks holds."""
+    rows = most_chunk_tokens(max_num_batched_tokens) + max_num_seqs
+    return max(rows, max_num_batched_tokens + decode_step(max_num_seqs)) if full_steps else rows
 
 
 class ChunkGraphs:
@@ -226,6 +239,8 @@ class ChunkGraphs:
         forward: a step, padded; returns tensors, of which those after the first have a row a sampling sequence.
         most_tiles: of so many tokens of so many chunks, see `AttentionBackend`.
         max_num_seqs: most decodes; max_num_batched_tokens: most tokens of a step.
+        full_steps: have graphs of steps with the most tokens too, as most are where prompts are long and answers short; for small
+            models, whose kernels take little longer than their launches. They hold `most_rows` rows.
         padding_slot, pool: as in `DecodeGraphs`.
     """
 
@@ -238,29 +253,36 @@ class ChunkGraphs:
         padding_slot: int,
         device: torch.device,
         pool: tuple[int, int],
+        full_steps: bool = False,
     ) -> None:
         self.forward = forward
         self.most_tiles = most_tiles
+        self.budget = max_num_batched_tokens if full_steps else 0
         most = most_chunk_tokens(max_num_batched_tokens)
         self.tokens = [*(tokens for tokens in CHUNK_TOKENS if tokens < most), most]
         self.max_num_seqs = max_num_seqs
-        self.decode_step = -(-max_num_seqs // CHUNK_DECODE_SIZES)
+        self.decode_step = decode_step(max_num_seqs)
         self.padding_slot = padding_slot
         self.device = device
         self.pool = pool
         self.stream = torch.cuda.Stream(device)
         self.wanted: Counter[ChunkShape] = Counter()
         self.graphs: OrderedDict[ChunkShape, tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]] = OrderedDict()
-        largest = self.padded(ChunkShape(max_num_seqs, most, 0, 0))
-        assert largest is not None
-        self.array = torch.zeros(largest.size, dtype=torch.int64, device=device)
+        fewest = [0, *range(1, max_num_seqs + 1, self.decode_step)]  # decodes of each size
+        steps = [(decodes, tokens) for decodes in fewest for tokens in (most, max(0, self.budget - decodes))]
+        shapes = [self.padded(ChunkShape(*step, 0, 0)) for step in steps]
+        size = max(shape.size for shape in shapes if shape is not None)
+        self.array = torch.zeros(size, dtype=torch.int64, device=device)
 
     def padded(self, shape: ChunkShape) -> ChunkShape | None:
         """The size of graph that holds a step of `shape`; None where there is none."""
-        if shape.tokens > self.tokens[-1]:
-            return None
-        tokens = self.tokens[bisect_left(self.tokens, shape.tokens)]
         decodes = min(-(-shape.decodes // self.decode_step) * self.decode_step, self.max_num_seqs)
+        if shape.tokens <= self.tokens[-1]:
+            tokens = self.tokens[bisect_left(self.tokens, shape.tokens)]
+        else:  # what the fewest decodes of this size leave for chunks
+            tokens = self.budget - (0 if not decodes else (decodes - 1) // self.decode_step * self.decode_step + 1)
+            if not LEAST_FULL * tokens <= shape.tokens <= tokens:
+                return None
         chunks = 8 + tokens // 32
         sizes = ChunkShape(decodes, tokens, self.most_tiles(tokens, chunks), decodes + chunks)
         return sizes if shape.tiles <= sizes.tiles and shape.samples <= sizes.samples else None

@@ -20,7 +20,7 @@ from nanovllm.engine.cuda_graph import (
     DecodeGraphs,
     MaskedSampling,
     graph_sizes,
-    most_chunk_tokens,
+    most_rows,
     sparse_graph_sizes,
 )
 from nanovllm.engine.device_state import DeviceState
@@ -55,6 +55,8 @@ MAX_CPU_POOL_BYTES = 4 << 30
 CONTEXT_BYTES = 600 << 20
 SPARE_BYTES = 256 << 20
 GRAPH_LAYER_BYTES = 96 << 10
+# Of a model, up to which a full step's kernels are not much longer than their launches by a host that has other things to do.
+FULL_STEP_WEIGHT_BYTES = 4 << 30
 
 
 def resolve_device(config: EngineConfig, rank: int, apart: bool = False) -> torch.device:
@@ -377,7 +379,14 @@ class ModelRunner:
             self.state.padding_slot,
             self.device,
             pool,
+            self._graphs_full_steps,
         )
+
+    @property
+    def _graphs_full_steps(self) -> bool:
+        """Whether full steps have graphs. Ranks' common memory has no room for what pads them."""
+        weights = sum(param.numel() * param.itemsize for param in self.model.parameters())
+        return self.tp.size == 1 and weights <= FULL_STEP_WEIGHT_BYTES
 
     def _make_masked_sampling(self, pool: tuple[int, int]) -> MaskedSampling:
         def sample(last: torch.Tensor, slots: torch.Tensor, lens: torch.Tensor, masks: RowMasks) -> torch.Tensor:
@@ -523,8 +532,8 @@ class ModelRunner:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._run(_warm_up_step([self.max_model_len] * count, decode=True))
             if self.backend.most_tiles(1, 1):
-                tokens = most_chunk_tokens(self.config.max_num_batched_tokens) + count
-                self._run(_warm_up_step(_lens_of(tokens, count, self.max_model_len), decode=False))
+                rows = most_rows(count, self.config.max_num_batched_tokens, full_steps=self._graphs_full_steps)
+                self._run(_warm_up_step(_lens_of(rows, count, self.max_model_len), decode=False))
             peak = torch.cuda.max_memory_allocated(self.device) - before
             # Only one graph runs at a time, so they share the largest one's memory; each has its own description.
             graphs = 2 * len(graph_sizes(count)) + MAX_CHUNK_GRAPHS

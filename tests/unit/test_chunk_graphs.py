@@ -94,10 +94,11 @@ def scores(output: RequestOutput) -> list[float]:
     ("tokens", "capture_at", "options"),
     [
         ((16, 64), 1, {}),
+        ((8,), 1, {"max_num_batched_tokens": 16}),
         pytest.param((16, 512), 2, {"max_num_batched_tokens": 16}, marks=pytest.mark.long),
         pytest.param((64,), 1, {"async_scheduling": False}, marks=pytest.mark.long),
     ],
-    ids=["small", "in chunks", "one step at a time"],
+    ids=["small", "full", "in chunks", "one step at a time"],
 )
 def test_padded_steps_give_the_same_tokens(
     tokens: tuple[int, ...], capture_at: int, options: dict[str, Any], model_dir: Path, monkeypatch: pytest.MonkeyPatch
@@ -117,6 +118,9 @@ def test_padded_steps_give_the_same_tokens(
         if graphs is not None:
             replays = {shape: graph.count for shape, (graph, _) in graphs.graphs.items()}  # type: ignore[attr-defined]
             assert sum(replays.values()) >= 3, replays
+            if tokens == (8,):  # steps as large as they may be, without decodes and with
+                full = [shape.decodes for shape in replays if shape.tokens > 8]
+                assert full and max(full) > 0 == min(full), replays
             assert all(count < cuda_graph.CAPTURE_AT for shape, count in graphs.wanted.items() if shape not in replays)
         llm.exit()
     assert found[0] == found[1]
