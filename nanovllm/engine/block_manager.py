@@ -71,7 +71,8 @@ class BlockManager:
         matched: list[int] = []
         node = seq.prefix_root
         for index in range(most // self.block_size):
-            block = self._lookup(self._hash(seq, index), node, self._tokens(seq, index))
+            hash_value, tokens = self._content(seq, index)
+            block = self._lookup(hash_value, node, tokens)
             if block is None:
                 break
             matched.append(block.block_id)
@@ -122,7 +123,7 @@ class BlockManager:
             return
         num_tokens = min(seq.num_computed_tokens, len(seq.token_ids))
         for index in range(seq.num_registered_blocks, num_tokens // self.block_size):
-            hash_value, tokens = self._hash(seq, index), self._tokens(seq, index)
+            hash_value, tokens = self._content(seq, index)
             twin = self._lookup(hash_value, seq.prefix_node, tokens)
             if twin is not None:
                 seq.prefix_node = twin.node
@@ -154,16 +155,13 @@ class BlockManager:
         seq.block_table = []
         seq.reset_cache_position()
 
-    def _tokens(self, seq: Sequence, index: int) -> bytes:
-        return seq.token_ids[index * self.block_size : (index + 1) * self.block_size].tobytes()
-
-    def _hash(self, seq: Sequence, index: int) -> int:
-        """Chained hash of block `index`; hashes once computed are kept with the sequence."""
-        while len(seq.block_hashes) <= index:
-            parent = seq.block_hashes[-1] if seq.block_hashes else seq.adapter + 1
-            tokens = self._tokens(seq, len(seq.block_hashes))
-            seq.block_hashes.append(xxhash.xxh64_intdigest(tokens, seed=parent))
-        return seq.block_hashes[index]
+    def _content(self, seq: Sequence, index: int) -> tuple[int, bytes]:
+        """Chained hash and tokens of block `index`; hashes once computed are kept with the sequence, and made in order."""
+        tokens = seq.token_ids[index * self.block_size : (index + 1) * self.block_size].tobytes()
+        hashes = seq.block_hashes
+        if index == len(hashes):
+            hashes.append(xxhash.xxh64_intdigest(tokens, seed=hashes[-1] if hashes else seq.adapter + 1))
+        return hashes[index], tokens
 
     def _lookup(self, hash_value: int, parent: int, tokens: bytes) -> Block | None:
         block = self.cached.get(hash_value)

@@ -77,21 +77,29 @@ class Scheduler:
     def _schedule_running(self) -> tuple[list[ScheduledSequence], int]:
         batch: list[ScheduledSequence] = []
         budget = self.max_num_batched_tokens
+        block_size = self.block_manager.block_size
         index = 0
         while index < len(self.running) and budget > 0:
             seq = self.running[index]
-            if seq.num_generated_tokens + seq.num_pending >= seq.max_new_tokens:  # its last token is pending
+            num_tokens = seq.num_tokens
+            if num_tokens - seq.num_prompt_tokens >= seq.max_new_tokens:  # its last token is pending
                 index += 1
                 continue
-            num_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
-            while not self.block_manager.can_extend(seq, seq.num_computed_tokens + num_tokens):
-                if self._preempt_youngest() is seq:
-                    break
-            else:
-                self.block_manager.extend(seq, seq.num_computed_tokens + num_tokens)
+            computed = seq.num_computed_tokens
+            num_tokens = min(num_tokens - computed, budget)
+            # Most decodes have room in their last block.
+            if computed + num_tokens <= len(seq.block_table) * block_size or self._make_room(seq, computed + num_tokens):
                 budget -= self._take(batch, seq, num_tokens)
                 index += 1
         return batch, budget
+
+    def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
+        """Lengthen the block table of a running sequence; whether it still runs, or was the youngest itself."""
+        while not self.block_manager.can_extend(seq, num_tokens):
+            if self._preempt_youngest() is seq:
+                return False
+        self.block_manager.extend(seq, num_tokens)
+        return True
 
     def _admit(self, batch: list[ScheduledSequence], budget: int) -> None:
         if not self.waiting:
@@ -124,9 +132,10 @@ class Scheduler:
 
     def _reserve(self, seq: Sequence) -> int:
         """Blocks `seq` may still take within the decode reserve."""
-        left = min(seq.max_new_tokens - seq.num_generated_tokens - seq.num_pending, DECODE_RESERVE_TOKENS)
-        held = len(seq.block_table) or self.block_manager.blocks_for(seq.num_tokens)
-        return max(0, self.block_manager.blocks_for(seq.num_tokens + left) - held)
+        num_tokens, block_size = seq.num_tokens, self.block_manager.block_size
+        left = min(seq.max_new_tokens + seq.num_prompt_tokens - num_tokens, DECODE_RESERVE_TOKENS)
+        held = len(seq.block_table) or -(-num_tokens // block_size)
+        return max(0, -(-(num_tokens + left) // block_size) - held)
 
     def _preempt_youngest(self) -> Sequence:
         seq = self.running.pop()
