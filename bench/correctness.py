@@ -22,6 +22,8 @@ from common import ROOT, SHAPES, save
 from nanovllm import LLM, SamplingParams
 
 NEW_TOKENS = 32
+# Beside `transformers`; ways of running beside each other; the demo's accuracy.
+PARTS = ("logprobs", "ways", "demo")
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,6 +32,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=[37, 300, 1000, 2100, 3000, 4000])
     parser.add_argument(
         "--demo", type=Path, default=ROOT / "pipelines/demo/prompts.parquet", help="Parquet, or JSON lines"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        help="default: all, two minutes on an H200 where nothing is compiled yet",
     )
     parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json")
     return parser.parse_args()
@@ -157,58 +166,76 @@ def demo_accuracy(path: Path, **options: Any) -> float:
     return sum(right) / len(right)
 
 
-def main() -> None:
-    args = parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def compare_logprobs(model_dir: Path, args: argparse.Namespace, device: str, result: dict[str, Any]) -> None:
+    """The engine beside `transformers`, in both types and with each cache."""
     backends = ["triton", "torch"] if device == "cuda" else ["torch"]
+    prompts = random_prompts(args.contexts, SHAPES[args.shape]["vocab_size"])
+    start = time.perf_counter()
+    tokens, fp32 = engine_logprobs(
+        model_dir, prompts, dtype="float32", attention_backend=backends[0], max_model_len=4096
+    )
+    print(f"float32 engine: {time.perf_counter() - start:.1f} s", flush=True)
+    truth = transformers_logprobs(model_dir, prompts, tokens, torch.float32, device)
+    result["fp32_vs_transformers_fp32"] = difference(fp32, truth)
+    print(result["fp32_vs_transformers_fp32"], flush=True)
+    # In bf16 each engine takes its own way after a near tie, so each is compared on its own tokens.
+    kinds: dict[str, dict[str, Any]] = {backend: {"attention_backend": backend} for backend in backends}
+    kinds["fp8_cache"] = {"kv_cache_dtype": "fp8"}
+    for kind, options in kinds.items():
+        tokens, made = engine_logprobs(model_dir, prompts, dtype="bfloat16", max_model_len=4096, **options)
+        exact = transformers_logprobs(model_dir, prompts, tokens, torch.float32, device)
+        theirs = transformers_logprobs(model_dir, prompts, tokens, torch.bfloat16, device)
+        result[f"bf16_{kind}_vs_transformers_fp32"] = difference(made, exact)
+        result[f"bf16_{kind}_vs_transformers_bf16"] = difference(made, theirs)
+        result["bf16_transformers_vs_transformers_fp32"] = difference(theirs, exact)
+        print({key: value for key, value in result.items() if "bf16" in key}, flush=True)
+
+
+def compare_ways(model_dir: Path, args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """The engine's ways of running beside each other."""
     vocab_size = SHAPES[args.shape]["vocab_size"]
-    result: dict[str, Any] = {"benchmark": "correctness", "model": args.shape, "contexts": args.contexts}
-    with tempfile.TemporaryDirectory() as directory:
-        model_dir = write_model(args.shape, Path(directory), device)
-        prompts = random_prompts(args.contexts, vocab_size)
-        start = time.perf_counter()
-        tokens, fp32 = engine_logprobs(
-            model_dir, prompts, dtype="float32", attention_backend=backends[0], max_model_len=4096
-        )
-        print(f"float32 engine: {time.perf_counter() - start:.1f} s", flush=True)
-        truth = transformers_logprobs(model_dir, prompts, tokens, torch.float32, device)
-        result["fp32_vs_transformers_fp32"] = difference(fp32, truth)
-        print(result["fp32_vs_transformers_fp32"], flush=True)
-        # In bf16 each engine takes its own way after a near tie, so each is compared on its own tokens.
-        kinds: dict[str, dict[str, Any]] = {backend: {"attention_backend": backend} for backend in backends}
-        kinds["fp8_cache"] = {"kv_cache_dtype": "fp8"}
-        for kind, options in kinds.items():
-            tokens, made = engine_logprobs(model_dir, prompts, dtype="bfloat16", max_model_len=4096, **options)
-            exact = transformers_logprobs(model_dir, prompts, tokens, torch.float32, device)
-            theirs = transformers_logprobs(model_dir, prompts, tokens, torch.bfloat16, device)
-            result[f"bf16_{kind}_vs_transformers_fp32"] = difference(made, exact)
-            result[f"bf16_{kind}_vs_transformers_bf16"] = difference(made, theirs)
-            result["bf16_transformers_vs_transformers_fp32"] = difference(theirs, exact)
-            print({key: value for key, value in result.items() if "bf16" in key}, flush=True)
-        del truth, made
-        lengths = [random.Random(1).randrange(20, 900) for _ in range(48)]
-        shared = random_prompts([512], vocab_size, seed=5)[0]
-        prompts = random_prompts(lengths, vocab_size, seed=2)
-        prompts = [shared + p if i % 2 else p for i, p in enumerate(prompts)]
-        for dtype in ("float32", "bfloat16"):
-            base = generate(model_dir, prompts, turns=2, dtype=dtype)
-            rows = {"a second time, prefixes cached": base[1]}
-            ways: dict[str, dict[str, Any]] = {
-                "eager": {"enforce_eager": True},
-                "synchronous": {"async_scheduling": False},
-                "no prefix cache": {"enable_prefix_caching": False},
-                "chunks of 512": {"max_num_batched_tokens": 512},
-                "blocks of 16": {"kvcache_block_size": 16},
-                "torch attention": {"attention_backend": "torch"},
-            }
-            for name, options in ways.items():
-                rows[name] = generate(model_dir, prompts, dtype=dtype, **options)[0]
-            result[f"same_tokens_{dtype}"] = {name: equal(base[0], other) for name, other in rows.items()}
-            print(json.dumps(result[f"same_tokens_{dtype}"], indent=1), flush=True)
+    lengths = [random.Random(1).randrange(20, 900) for _ in range(48)]
+    shared = random_prompts([512], vocab_size, seed=5)[0]
+    prompts = random_prompts(lengths, vocab_size, seed=2)
+    prompts = [shared + p if i % 2 else p for i, p in enumerate(prompts)]
+    for dtype in ("float32", "bfloat16"):
+        base = generate(model_dir, prompts, turns=2, dtype=dtype)
+        rows = {"a second time, prefixes cached": base[1]}
+        ways: dict[str, dict[str, Any]] = {
+            "eager": {"enforce_eager": True},
+            "synchronous": {"async_scheduling": False},
+            "no prefix cache": {"enable_prefix_caching": False},
+            "chunks of 512": {"max_num_batched_tokens": 512},
+            "blocks of 16": {"kvcache_block_size": 16},
+            "torch attention": {"attention_backend": "torch"},
+        }
+        for name, options in ways.items():
+            rows[name] = generate(model_dir, prompts, dtype=dtype, **options)[0]
+        result[f"same_tokens_{dtype}"] = {name: equal(base[0], other) for name, other in rows.items()}
+        print(json.dumps(result[f"same_tokens_{dtype}"], indent=1), flush=True)
+
+
+def compare_demo(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """The demo model's accuracy by type and cache."""
     for dtype, cache in (("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "fp8")):
         name = dtype if cache == "auto" else f"{dtype}_{cache}_cache"
         result[f"demo_accuracy_{name}"] = demo_accuracy(args.demo, dtype=dtype, kv_cache_dtype=cache)
         print(f"demo, {name}: {result[f'demo_accuracy_{name}']:.4%}", flush=True)
+
+
+def main() -> None:
+    args = parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result: dict[str, Any] = {"benchmark": "correctness", "model": args.shape, "contexts": args.contexts}
+    if "logprobs" in args.parts or "ways" in args.parts:
+        with tempfile.TemporaryDirectory() as directory:
+            model_dir = write_model(args.shape, Path(directory), device)
+            if "logprobs" in args.parts:
+                compare_logprobs(model_dir, args, device, result)
+            if "ways" in args.parts:
+                compare_ways(model_dir, args, result)
+    if "demo" in args.parts:
+        compare_demo(args, result)
     if args.save:
         print(save(args.save, result))
 
