@@ -177,7 +177,7 @@ def test_writes_that_are_torn(undisturbed: Path, workplace: Path, arguments: lis
     assert parts(output) == parts(undisturbed)
 
 
-@pytest.mark.parametrize("where", ["commit", "journal"])
+@pytest.mark.parametrize("where", ["commit", pytest.param("journal", marks=pytest.mark.long)])
 def test_killed_in_the_middle_of_a_write(
     where: str, undisturbed: Path, workplace: Path, arguments: list[str], preload: str
 ) -> None:

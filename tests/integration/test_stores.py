@@ -65,6 +65,7 @@ def stays(output: str) -> tuple[int, dict[str, bytes]]:
     return journalled_rows(output), parts(output)
 
 
+@pytest.mark.long  # `test_a_store_that_fails_now_and_then` and kills on a disk show most of it
 def test_on_s3_killed_it_ends_the_same(undisturbed: Path, workplace: Path, s3: int, chat_model_dir: Path) -> None:
     output = s3_address(s3, "killed")
     first = start(arguments(chat_model_dir, s3_address(s3, "dataset"), output), workplace)
