@@ -31,6 +31,8 @@ CHUNK_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 CHUNK_DECODE_SIZES = 8
 # Of a full step's chunk tokens, below which padding them would cost more than launches.
 LEAST_FULL = 0.95
+# Where there are many chunks: of those distances, how many apart.
+MANY_STEPS = 4
 # Graphs with chunks kept, the least recently used goes first.
 MAX_CHUNK_GRAPHS = 32
 # A capture takes as long as some steps without one: it is made when its size has come up so often.
@@ -260,6 +262,7 @@ class ChunkGraphs:
         self.budget = max_num_batched_tokens if full_steps else 0
         most = most_chunk_tokens(max_num_batched_tokens)
         self.tokens = [*(tokens for tokens in CHUNK_TOKENS if tokens < most), most]
+        self.many_tokens = [*self.tokens[2:-1:3], most]
         self.max_num_seqs = max_num_seqs
         self.decode_step = decode_step(max_num_seqs)
         self.padding_slot = padding_slot
@@ -270,22 +273,32 @@ class ChunkGraphs:
         self.graphs: OrderedDict[ChunkShape, tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]] = OrderedDict()
         fewest = [0, *range(1, max_num_seqs + 1, self.decode_step)]  # decodes of each size
         steps = [(decodes, tokens) for decodes in fewest for tokens in (most, max(0, self.budget - decodes))]
-        shapes = [self.padded(ChunkShape(*step, 0, 0)) for step in steps]
+        shapes = [self._padded(ChunkShape(*step, 0, 0), many=many) for step in steps for many in (False, True)]
         size = max(shape.size for shape in shapes if shape is not None)
         self.array = torch.zeros(size, dtype=torch.int64, device=device)
 
     def padded(self, shape: ChunkShape) -> ChunkShape | None:
         """The size of graph that holds a step of `shape`; None where there is none."""
-        decodes = min(-(-shape.decodes // self.decode_step) * self.decode_step, self.max_num_seqs)
-        if shape.tokens <= self.tokens[-1]:
-            tokens = self.tokens[bisect_left(self.tokens, shape.tokens)]
-        else:  # what the fewest decodes of this size leave for chunks
-            tokens = self.budget - (0 if not decodes else (decodes - 1) // self.decode_step * self.decode_step + 1)
-            if not LEAST_FULL * tokens <= shape.tokens <= tokens:
-                return None
-        chunks = 8 + tokens // 32
-        sizes = ChunkShape(decodes, tokens, self.most_tiles(tokens, chunks), decodes + chunks)
-        return sizes if shape.tiles <= sizes.tiles and shape.samples <= sizes.samples else None
+        for many in (False, True):
+            sizes = self._padded(shape, many=many)
+            if sizes is None or (shape.tiles <= sizes.tiles and shape.samples <= sizes.samples):
+                return sizes
+        return None
+
+    def _padded(self, shape: ChunkShape, *, many: bool) -> ChunkShape | None:
+        """`padded`, with some chunks or with as many as there may be. Many short ones are rows that constraints leave one way: seldom
+        the same numbers twice, so there are fewer sizes."""
+        full = shape.tokens > self.tokens[-1]
+        step, sizes = (
+            (self.decode_step * MANY_STEPS, self.many_tokens) if many and not full else (self.decode_step, self.tokens)
+        )
+        decodes = min(-(-shape.decodes // step) * step, self.max_num_seqs)
+        fewest = (decodes - 1) // step * step + 1 if decodes else 0  # of this size
+        tokens = self.budget - fewest if full else sizes[bisect_left(sizes, shape.tokens)]
+        if full and not LEAST_FULL * tokens <= shape.tokens <= tokens:
+            return None
+        chunks = min(tokens, self.max_num_seqs - fewest) if many else 8 + tokens // 32
+        return ChunkShape(decodes, tokens, self.most_tiles(tokens, chunks), decodes + chunks)
 
     def replay(
         self, chunks: ChunkStep, shape: ChunkShape, tiles: npt.NDArray[np.int32]

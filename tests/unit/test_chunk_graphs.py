@@ -241,3 +241,42 @@ def test_parts_of_the_array() -> None:
     inputs = ChunkInput.of(torch.arange(shape.size), shape)
     assert [tensor.numel() for tensor in inputs] == [2, 3, 3, 3, 4, 4, 4, 4]
     assert torch.cat([tensor.flatten().long() for tensor in inputs]).tolist() == list(range(shape.size))
+
+
+@pytest.mark.parametrize(
+    ("most_seqs", "budget"), [(256, 16384), (1024, 16384), (4096, 8192), (100, 2000), (7, 5000), (3, 16), (1, 8)]
+)
+@pytest.mark.parametrize("full_steps", [False, True])
+def test_a_graphs_size_holds_the_step(
+    most_seqs: int, budget: int, full_steps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its array, and the rows that memory was left for, hold the graph; a full step has one, with few chunks and with many."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    device, rng = torch.device("cpu"), random.Random(most_seqs)
+    graphs = ChunkGraphs(
+        lambda _: (),
+        lambda tokens, chunks: tokens // 32 + chunks,
+        most_seqs,
+        budget,
+        most_seqs,
+        device,
+        (0, 0),
+        full_steps,
+    )
+    rows = cuda_graph.most_rows(most_seqs, budget, full_steps=full_steps)
+    without = set()
+    for _ in range(3000):
+        decodes = rng.randrange(min(most_seqs, budget))
+        most = budget - decodes
+        tokens = rng.choice([rng.randint(1, most), most, rng.randint(1, min(most, 2048))])
+        chunks = rng.randint(1, min(tokens, most_seqs - decodes))
+        samples, tiles = decodes + rng.randint(0, chunks), rng.randint(chunks, tokens // 32 + chunks)
+        padded = graphs.padded(ChunkShape(decodes, tokens, tiles, samples))
+        if padded is None:
+            without.add(tokens)
+            continue
+        assert all(size >= wanted for size, wanted in zip(padded, (decodes, tokens, tiles, samples), strict=True))
+        assert padded.size <= len(graphs.array) and padded.decodes + padded.tokens <= rows
+        if tokens > 2048:
+            assert padded.tokens * 0.95 <= tokens, "padding costs little"
+    assert all(tokens > 2048 and not (full_steps and tokens >= 0.98 * budget) for tokens in without)
