@@ -25,18 +25,20 @@ from nanovllm.utils.transfer import to_device
 
 Outputs = TypeVar("Outputs", bound=tuple[torch.Tensor, ...])
 
-# Chunk tokens of graphs, but for steps as large as they may be, see `ChunkGraphs`.
+# Chunk tokens of graphs, but for larger ones of small models, see `ChunkGraphs`.
 CHUNK_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 # Batch sizes of decodes beside chunks: so many of equal distance.
 CHUNK_DECODE_SIZES = 8
-# Of a full step's chunk tokens, below which padding them would cost more than launches.
-LEAST_FULL = 0.95
+# Sizes of larger ones between a power of two and the next.
+LARGE_SIZES = 4
 # Where there are many chunks: of those distances, how many apart.
 MANY_STEPS = 4
 # Graphs with chunks kept, the least recently used goes first.
 MAX_CHUNK_GRAPHS = 32
-# A capture takes as long as some steps without one: it is made when its size has come up so often.
+# A capture takes as long as some steps without one: it is made when its size has come up so often; of larger ones' sizes, where the host
+# takes as long for the launches alone.
 CAPTURE_AT = 3
+LARGE_CAPTURE_AT = 2
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -219,8 +221,17 @@ class MaskedSampling:
 
 
 def most_chunk_tokens(max_num_batched_tokens: int) -> int:
-    """Most chunk tokens of a graph, but for full steps."""
+    """Most chunk tokens of a graph, but for large ones."""
     return min(CHUNK_TOKENS[-1], max_num_batched_tokens)
+
+
+def large_sizes(above: int, most: int) -> list[int]:
+    """Chunk tokens of large graphs, `above` so many and up to `most`."""
+    octaves = range((most // above).bit_length())
+    sizes = [
+        (above << octave) * (LARGE_SIZES + i) // LARGE_SIZES for octave in octaves for i in range(1, LARGE_SIZES + 1)
+    ]
+    return [size for size in sizes if above < size < most] + [most] * (most > above)
 
 
 def decode_step(max_num_seqs: int) -> int:
@@ -228,10 +239,10 @@ def decode_step(max_num_seqs: int) -> int:
     return -(-max_num_seqs // CHUNK_DECODE_SIZES)
 
 
-def most_rows(max_num_seqs: int, max_num_batched_tokens: int, *, full_steps: bool) -> int:
+def most_rows(max_num_seqs: int, max_num_batched_tokens: int, *, large: bool) -> int:
     """Rows of the largest step that a graph with chunks holds."""
     rows = most_chunk_tokens(max_num_batched_tokens) + max_num_seqs
-    return max(rows, max_num_batched_tokens + decode_step(max_num_seqs)) if full_steps else rows
+    return max(rows, max_num_batched_tokens + decode_step(max_num_seqs)) if large else rows
 
 
 class ChunkGraphs:
@@ -241,8 +252,8 @@ class ChunkGraphs:
         forward: a step, padded; returns tensors, of which those after the first have a row a sampling sequence.
         most_tiles: of so many tokens of so many chunks, see `AttentionBackend`.
         max_num_seqs: most decodes; max_num_batched_tokens: most tokens of a step.
-        full_steps: have graphs of steps with the most tokens too, as most are where prompts are long and answers short; for small
-            models, whose kernels take little longer than their launches. They hold `most_rows` rows.
+        large: have graphs of steps with any number of tokens, as most steps are where prompts are long and answers short; for small
+            models, whose kernels take no longer than their launches. They hold up to `most_rows` rows.
         padding_slot, pool: as in `DecodeGraphs`.
     """
 
@@ -255,14 +266,19 @@ class ChunkGraphs:
         padding_slot: int,
         device: torch.device,
         pool: tuple[int, int],
-        full_steps: bool = False,
+        large: bool = False,
     ) -> None:
         self.forward = forward
         self.most_tiles = most_tiles
-        self.budget = max_num_batched_tokens if full_steps else 0
+        self.budget = max_num_batched_tokens
         most = most_chunk_tokens(max_num_batched_tokens)
         self.tokens = [*(tokens for tokens in CHUNK_TOKENS if tokens < most), most]
         self.many_tokens = [*self.tokens[2:-1:3], most]
+        self.most_small = most
+        if large:
+            sizes = large_sizes(most, max_num_batched_tokens)
+            self.tokens += sizes
+            self.many_tokens += sizes
         self.max_num_seqs = max_num_seqs
         self.decode_step = decode_step(max_num_seqs)
         self.padding_slot = padding_slot
@@ -272,7 +288,7 @@ class ChunkGraphs:
         self.wanted: Counter[ChunkShape] = Counter()
         self.graphs: OrderedDict[ChunkShape, tuple[torch.cuda.CUDAGraph, tuple[torch.Tensor, ...]]] = OrderedDict()
         fewest = [0, *range(1, max_num_seqs + 1, self.decode_step)]  # decodes of each size
-        steps = [(decodes, tokens) for decodes in fewest for tokens in (most, max(0, self.budget - decodes))]
+        steps = [(decodes, tokens) for decodes in fewest for tokens in (most, self.tokens[-1])]
         shapes = [self._padded(ChunkShape(*step, 0, 0), many=many) for step in steps for many in (False, True)]
         size = max(shape.size for shape in shapes if shape is not None)
         self.array = torch.zeros(size, dtype=torch.int64, device=device)
@@ -288,15 +304,16 @@ class ChunkGraphs:
     def _padded(self, shape: ChunkShape, *, many: bool) -> ChunkShape | None:
         """`padded`, with some chunks or with as many as there may be. Many short ones are rows that constraints leave one way: seldom
         the same numbers twice, so there are fewer sizes."""
-        full = shape.tokens > self.tokens[-1]
-        step, sizes = (
-            (self.decode_step * MANY_STEPS, self.many_tokens) if many and not full else (self.decode_step, self.tokens)
-        )
+        if shape.tokens > self.tokens[-1]:
+            return None
+        large = shape.tokens > self.most_small
+        step = self.decode_step * (MANY_STEPS if many and not large else 1)
         decodes = min(-(-shape.decodes // step) * step, self.max_num_seqs)
         fewest = (decodes - 1) // step * step + 1 if decodes else 0  # of this size
-        tokens = self.budget - fewest if full else sizes[bisect_left(sizes, shape.tokens)]
-        if full and not LEAST_FULL * tokens <= shape.tokens <= tokens:
-            return None
+        sizes = self.many_tokens if many else self.tokens
+        tokens = sizes[bisect_left(sizes, shape.tokens)]
+        if large:
+            tokens = min(tokens, self.budget - fewest)
         chunks = min(tokens, self.max_num_seqs - fewest) if many else 8 + tokens // 32
         return ChunkShape(decodes, tokens, self.most_tiles(tokens, chunks), decodes + chunks)
 
@@ -313,7 +330,7 @@ class ChunkGraphs:
             return None
         if padded not in self.graphs:
             self.wanted[padded] += 1
-            if self.wanted[padded] < CAPTURE_AT:
+            if self.wanted[padded] < (CAPTURE_AT if padded.tokens <= self.most_small else LARGE_CAPTURE_AT):
                 return None
             self._capture(padded)
         self.graphs.move_to_end(padded)

@@ -55,8 +55,8 @@ MAX_CPU_POOL_BYTES = 4 << 30
 CONTEXT_BYTES = 600 << 20
 SPARE_BYTES = 256 << 20
 GRAPH_LAYER_BYTES = 96 << 10
-# Of a model, up to which a full step's kernels are not much longer than their launches by a host that has other things to do.
-FULL_STEP_WEIGHT_BYTES = 4 << 30
+# Of a model, up to which even a large step's kernels take a host that has other things to do as long to launch as the device to run.
+LARGE_GRAPH_WEIGHT_BYTES = 4 << 30
 
 
 def resolve_device(config: EngineConfig, rank: int, apart: bool = False) -> torch.device:
@@ -379,14 +379,14 @@ class ModelRunner:
             self.state.padding_slot,
             self.device,
             pool,
-            self._graphs_full_steps,
+            self._graphs_are_large,
         )
 
     @property
-    def _graphs_full_steps(self) -> bool:
-        """Whether full steps have graphs. Ranks' common memory has no room for what pads them."""
+    def _graphs_are_large(self) -> bool:
+        """Whether steps with many chunk tokens have graphs. Ranks' common memory has no room for what pads them."""
         weights = sum(param.numel() * param.itemsize for param in self.model.parameters())
-        return self.tp.size == 1 and weights <= FULL_STEP_WEIGHT_BYTES
+        return self.tp.size == 1 and weights <= LARGE_GRAPH_WEIGHT_BYTES
 
     def _make_masked_sampling(self, pool: tuple[int, int]) -> MaskedSampling:
         def sample(last: torch.Tensor, slots: torch.Tensor, lens: torch.Tensor, masks: RowMasks) -> torch.Tensor:
@@ -532,7 +532,7 @@ class ModelRunner:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._run(_warm_up_step([self.max_model_len] * count, decode=True))
             if self.backend.most_tiles(1, 1):
-                rows = most_rows(count, self.config.max_num_batched_tokens, full_steps=self._graphs_full_steps)
+                rows = most_rows(count, self.config.max_num_batched_tokens, large=self._graphs_are_large)
                 self._run(_warm_up_step(_lens_of(rows, count, self.max_model_len), decode=False))
             peak = torch.cuda.max_memory_allocated(self.device) - before
             # Only one graph runs at a time, so they share the largest one's memory; each has its own description.

@@ -98,13 +98,14 @@ def scores(output: RequestOutput) -> list[float]:
         pytest.param((16, 512), 2, {"max_num_batched_tokens": 16}, marks=pytest.mark.long),
         pytest.param((64,), 1, {"async_scheduling": False}, marks=pytest.mark.long),
     ],
-    ids=["small", "full", "in chunks", "one step at a time"],
+    ids=["small", "large", "in chunks", "one step at a time"],
 )
 def test_padded_steps_give_the_same_tokens(
     tokens: tuple[int, ...], capture_at: int, options: dict[str, Any], model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that come and go: nearly every step has decodes and the chunk of a new prompt, one size or another."""
-    monkeypatch.setattr(cuda_graph, "CAPTURE_AT", capture_at)
+    for name in ("CAPTURE_AT", "LARGE_CAPTURE_AT"):
+        monkeypatch.setattr(cuda_graph, name, capture_at)
     monkeypatch.setattr(cuda_graph, "CHUNK_DECODE_SIZES", 1)  # decodes are padded too
     common = {"kvcache_block_size": 16, "max_num_seqs": 3, "max_model_len": 64, **options}
     found, scored = [], []
@@ -118,9 +119,9 @@ def test_padded_steps_give_the_same_tokens(
         if graphs is not None:
             replays = {shape: graph.count for shape, (graph, _) in graphs.graphs.items()}  # type: ignore[attr-defined]
             assert sum(replays.values()) >= 3, replays
-            if tokens == (8,):  # steps as large as they may be, without decodes and with
-                full = [shape.decodes for shape in replays if shape.tokens > 8]
-                assert full and max(full) > 0 == min(full), replays
+            if tokens == (8,):  # large ones, without decodes and with
+                large = [shape.decodes for shape in replays if shape.tokens > 8]
+                assert large and max(large) > 0 == min(large), replays
             assert all(count < cuda_graph.CAPTURE_AT for shape, count in graphs.wanted.items() if shape not in replays)
         llm.exit()
     assert found[0] == found[1]
@@ -246,11 +247,11 @@ def test_parts_of_the_array() -> None:
 @pytest.mark.parametrize(
     ("most_seqs", "budget"), [(256, 16384), (1024, 16384), (4096, 8192), (100, 2000), (7, 5000), (3, 16), (1, 8)]
 )
-@pytest.mark.parametrize("full_steps", [False, True])
+@pytest.mark.parametrize("large", [False, True])
 def test_a_graphs_size_holds_the_step(
-    most_seqs: int, budget: int, full_steps: bool, monkeypatch: pytest.MonkeyPatch
+    most_seqs: int, budget: int, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And its array, and the rows that memory was left for, hold the graph; a full step has one, with few chunks and with many."""
+    """And its array, and the rows that memory was left for, hold the graph; a large step has one where they were asked for."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     device, rng = torch.device("cpu"), random.Random(most_seqs)
     graphs = ChunkGraphs(
@@ -261,9 +262,9 @@ def test_a_graphs_size_holds_the_step(
         most_seqs,
         device,
         (0, 0),
-        full_steps,
+        large,
     )
-    rows = cuda_graph.most_rows(most_seqs, budget, full_steps=full_steps)
+    rows = cuda_graph.most_rows(most_seqs, budget, large=large)
     without = set()
     for _ in range(3000):
         decodes = rng.randrange(min(most_seqs, budget))
@@ -278,5 +279,5 @@ def test_a_graphs_size_holds_the_step(
         assert all(size >= wanted for size, wanted in zip(padded, (decodes, tokens, tiles, samples), strict=True))
         assert padded.size <= len(graphs.array) and padded.decodes + padded.tokens <= rows
         if tokens > 2048:
-            assert padded.tokens * 0.95 <= tokens, "padding costs little"
-    assert all(tokens > 2048 and not (full_steps and tokens >= 0.98 * budget) for tokens in without)
+            assert padded.tokens <= 1.25 * tokens, "padding costs little"
+    assert not without if large else all(tokens > 2048 for tokens in without)
