@@ -262,7 +262,7 @@ class LLMEngine:
         """What the constraints of a batch leave no choice about, by id of the sequences `asking`; nothing where sampling it token by token is
         faster. `ahead`: ids of those whose constraint knows one token more than they do."""
         forced: dict[int, list[int]] = {}
-        for seq, _, _, samples in batch:
+        for seq, _, _, samples in batch if asking else ():
             if seq.seq_id not in asking or not samples or seq.status is SequenceStatus.FINISHED:
                 continue
             extra = seq.extra
