@@ -295,6 +295,7 @@ class WatchedEngine:
         self._first = 0.0
         self._left = 0
         self._rows = 0
+        self._before = _threads_cpu_s()  # imports
 
     max_prompt_len = property(lambda self: self._engine.max_prompt_len)
     tokenizer = property(lambda self: self._engine.tokenizer)
@@ -323,7 +324,8 @@ class WatchedEngine:
             if self._left == 0:
                 stats = self._engine.stats()
                 record = {"first": self._first, "last": time.monotonic(), "rows": self._rows, **stats._asdict()}
-                record["threads_cpu_s"] = _threads_cpu_s()
+                used = _threads_cpu_s()
+                record["threads_cpu_s"] = {name: s - self._before.get(name, 0.0) for name, s in used.items()}
                 scratch = self._record.with_suffix(".new")
                 scratch.write_text(json.dumps(record))
                 scratch.replace(self._record)
