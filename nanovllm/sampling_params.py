@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from operator import attrgetter
 from typing import Any
 
 from nanovllm.errors import UserError
@@ -104,21 +105,21 @@ class SamplingParams:
         return self._number_problem() or self._list_problem() or self._combination_problem()
 
     def _number_problem(self) -> str | None:
-        for name, least, most, what in _REALS:
-            value = getattr(self, name)
-            if not _is_number(value) or not _is_finite(value) or not least <= value <= most:
-                return f"{name}={value!r}: must be {what}"
-            if name in ("top_p", "repetition_penalty") and value == 0:
-                return f"{name}={value!r}: must be {what}"
-        for name, least, most, what in _INTEGERS:
-            value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
+        for (name, least, most, what), value, default in zip(_NUMBERS, _numbers(self), _DEFAULTS, strict=True):
+            if value is default:
                 continue
-            if not _is_int(value) or not least <= value <= most:
+            if name in _REALS:
+                if not _is_number(value) or not _is_finite(value) or not least <= value <= most:
+                    return f"{name}={value!r}: must be {what}"
+                if name in ("top_p", "repetition_penalty") and value == 0:
+                    return f"{name}={value!r}: must be {what}"
+            elif not (_is_int(value) and least <= value <= most) and not (value is None and name in _OPTIONAL):
                 return f"{name}={value!r}: must be {what}"
         return None
 
     def _list_problem(self) -> str | None:
+        if all(value is None for value in _lists(self)):
+            return None
         if self.lora_adapter is not None and not isinstance(self.lora_adapter, str):
             return f"lora_adapter={self.lora_adapter!r}: must be the name of an adapter, or None"
         if self.stop is not None and not isinstance(self.stop, (str, Sequence)):
@@ -169,15 +170,13 @@ class SamplingParams:
 
 _COUNT = "a whole number of 1 or more"
 # Name, least, most, and what it must be.
-_REALS = [
+_NUMBERS: list[tuple[str, float, float, str]] = [
     ("temperature", 0, math.inf, "a finite number of 0 (greedy) or more"),
     ("top_p", 0, 1, "a number above 0, at most 1 (all tokens)"),
     ("min_p", 0, 1, "a number from 0 (all tokens) to 1"),
     ("repetition_penalty", 0, math.inf, "a finite number above 0; 1 changes nothing"),
     ("presence_penalty", -2, 2, "a number from -2 to 2"),
     ("frequency_penalty", -2, 2, "a number from -2 to 2"),
-]
-_INTEGERS = [
     ("max_tokens", 1, math.inf, _COUNT),
     ("seed", 0, 2**63 - 1, "a whole number from 0 to 2**63 - 1, or None"),
     ("top_k", -1, math.inf, "a whole number of 1 or more; 0 or -1 for all tokens"),
@@ -187,7 +186,12 @@ _INTEGERS = [
     ("prompt_logprobs", 0, MAX_LOGPROBS, f"a whole number from 0 to {MAX_LOGPROBS}, or None"),
     ("thinking_budget", 0, math.inf, "a whole number of 0 or more, or None"),
 ]
+_REALS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 _OPTIONAL = {"seed", "logprobs", "prompt_logprobs", "thinking_budget"}
+# A job asks them of every row, most of which leave most of them as they are.
+_numbers = attrgetter(*(name for name, *_ in _NUMBERS))
+_DEFAULTS = _numbers(SamplingParams())
+_lists = attrgetter("lora_adapter", "stop", "stop_token_ids", "allowed_token_ids", "bad_words", "labels", "logit_bias")
 
 
 def _is_int(value: object) -> bool:

@@ -22,7 +22,7 @@ from nanovllm.engine.grammar import GrammarCompiler
 from nanovllm.engine.labels import Path, label_paths, label_scores, normalized
 from nanovllm.engine.reasoning import Constraint, ReasoningGate, ThinkTags
 from nanovllm.engine.request_group import RequestGroup
-from nanovllm.engine.row_sampling import RowSampling
+from nanovllm.engine.row_sampling import RowSampling, has_wishes
 from nanovllm.engine.sequence import TOKEN, Sequence
 from nanovllm.errors import UserError
 from nanovllm.models.config import ModelConfig
@@ -155,6 +155,8 @@ class RequestMaker:
         Raises:
             UserError: what is asked for cannot be done.
         """
+        if not has_wishes(params):
+            return None
         scored: dict[int, list[int]] = {}
         if params.prompt_logprobs is not None:
             scored = {position: [token] for position, token in enumerate(token_ids[1:])}

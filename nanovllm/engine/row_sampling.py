@@ -6,6 +6,7 @@ Sequences that ask for nothing have none of this, and a step without any that do
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Masks = npt.NDArray[np.int32]
+
+
+# What one is made of.
+_wishes = attrgetter(
+    "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens", "bad_words",
+    "logit_bias", "allowed_token_ids", "logprobs", "prompt_logprobs", "structured_outputs", "thinking_budget",
+)  # fmt: skip
+_NO_WISHES = _wishes(SamplingParams())
+
+
+def has_wishes(params: SamplingParams) -> bool:
+    """Whether `params` may ask for more than a temperature."""
+    return any(value is not default for value, default in zip(_wishes(params), _NO_WISHES, strict=True))
 
 
 class RowSampling:
