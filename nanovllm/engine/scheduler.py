@@ -88,7 +88,9 @@ class Scheduler:
             computed = seq.num_computed_tokens
             num_tokens = min(num_tokens - computed, budget)
             # Most decodes have room in their last block.
-            if computed + num_tokens <= len(seq.block_table) * block_size or self._make_room(seq, computed + num_tokens):
+            if computed + num_tokens <= len(seq.block_table) * block_size or self._make_room(
+                seq, computed + num_tokens
+            ):
                 budget -= self._take(batch, seq, num_tokens)
                 index += 1
         return batch, budget
