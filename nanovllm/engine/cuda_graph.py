@@ -34,7 +34,7 @@ LARGE_SIZES = 4
 # Where there are many chunks: of those distances, how many apart.
 MANY_STEPS = 4
 # Graphs with chunks kept, the least recently used goes first.
-MAX_CHUNK_GRAPHS = 32
+MAX_CHUNK_GRAPHS = 48
 # A capture takes as long as some steps without one: it is made when its size has come up so often; of larger ones' sizes, where the host
 # takes as long for the launches alone.
 CAPTURE_AT = 3
