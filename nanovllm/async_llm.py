@@ -59,8 +59,11 @@ class AsyncLLM:
         return self._engine.encode_batch(texts, add_special_tokens)
 
     def stats(self) -> EngineStats:
-        """Counters and state of the engine."""
-        return self._engine.stats()
+        """Counters and state of the engine; nothing runs or waits in one that died."""
+        stats = self._engine.stats()
+        if self._failure is not None:
+            return stats._replace(num_running=0, num_waiting=0)
+        return stats._replace(num_waiting=stats.num_waiting + len(self._new))
 
     def submit(self, prompt: Prompt, params: SamplingParams) -> Future[RequestOutput]:
         """Start one request; tokenizes on the caller's thread.

@@ -31,6 +31,10 @@ ROW_PATH_VERSION = 2
 # Rows tokenized together, in one turn on the tokenizer thread: enough for all cores of a host, and soon enough done that the first
 # rows of a job run at once.
 SUBMIT_ROWS = 64
+# The engine has so many rows waiting, or as many as it has run at once, before more are made: what takes Python's lock from its steps is then spread over
+# all of them, where a shard's rows made at once would slow some down.
+ROWS_AHEAD = 256
+PAUSE_S = 0.005
 # How long the thread that makes rows keeps Python's lock while the engine's waits for it, which gives it away some dozens of times a step.
 # With Python's own 5 ms the engine starves; shorter ones cost the rows little (bench/NOTES.md).
 SWITCH_S = 50e-6
@@ -75,6 +79,7 @@ class RowPath:
         # Calls are served one after another. Where all took turns they would also end together, and the engine would run empty until new ones
         # have begun.
         self._turn = asyncio.Lock()
+        self._ahead = ROWS_AHEAD
         sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
 
     async def run(
@@ -102,6 +107,7 @@ class RowPath:
         try:
             async with self._turn:
                 for start in range(0, len(rows), SUBMIT_ROWS):
+                    await self._room(results)
                     some = range(start, min(start + SUBMIT_ROWS, len(rows)))
                     await loop.run_in_executor(
                         self._tokenizing, self._submit, requests, some, rows, seeds, submitted, results
@@ -112,6 +118,15 @@ class RowPath:
         except BaseException:
             results.cancel()
             raise
+
+    async def _room(self, results: _Results) -> None:
+        """Until the engine has few rows waiting, or a row has no result."""
+        while not results.all.done():
+            stats = self._engine.stats()
+            self._ahead = max(self._ahead, stats.num_running)
+            if stats.num_waiting < self._ahead:
+                return
+            await asyncio.sleep(PAUSE_S)
 
     def _submit(
         self,

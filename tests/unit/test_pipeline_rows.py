@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from nanovllm import AsyncLLM, EngineDeadError, RequestOutput, SamplingParams, UserError
+from nanovllm.engine.stats import EngineStats
 from nanovllm.outputs import error_output
 from pipelines.inputs import BATCH_SCHEMA
 from pipelines.job import PromptConfig, TooLong
@@ -25,7 +27,7 @@ from pipelines.predictor import NanoVLLMPredictor
 from pipelines.prompts import Prompts
 from pipelines.requests import Requests, row_seed
 from pipelines.results import RowResult
-from pipelines.rows import RowPath
+from pipelines.rows import SUBMIT_ROWS, RowPath
 from tests.rows import Settings, run_rows
 from tests.unit.test_chat import bos_model
 
@@ -111,6 +113,9 @@ class Watched:
     def submit(self, prompt: str | list[int], params: SamplingParams) -> Future[RequestOutput]:
         self.submitted.append(prompt)
         return self._engine.submit(prompt, params)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +283,9 @@ class DyingEngine:
             future.set_result(error_output("fine"))
         return future
 
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 0, 0, 0, 0, 0, 0.0)
+
 
 def test_a_text_the_tokenizer_refuses_is_an_error_row() -> None:
     assert [row.error for row in run(DyingEngine(), ["a", "odd"])] == [
@@ -339,6 +347,69 @@ def test_rows_that_end_together_wake_the_event_loop_once(monkeypatch: pytest.Mon
     asyncio.run(run_held(engine, 500, found.__setitem__, end))
     assert [found[number].error for number in range(500)] == [f"row {number}" for number in range(500)]
     assert len(wakes) == 1
+
+
+def test_rows_are_made_as_the_engine_takes_them() -> None:
+    """Their making takes Python's lock from its steps."""
+
+    class Slots(HeldEngine):
+        """Runs up to 400 rows at once, and ends them when it is told to."""
+
+        running = 0
+
+        def stats(self) -> EngineStats:
+            left = sum(not future.done() for future in self.futures)
+            self.running = min(400, left)
+            return super().stats()._replace(num_running=self.running, num_waiting=left - self.running)
+
+    engine, found, made = Slots(3000), dict[int, RowResult](), []
+
+    async def run() -> None:
+        requests = Requests(Settings(SamplingParams()), pa.schema([("prompt", pa.string())]))
+        path = RowPath(engine, "error")  # type: ignore[arg-type]
+        task = asyncio.create_task(path.run(requests, [{"prompt": "a"}] * 3000, [0] * 3000, found.__setitem__))
+        while not task.done():
+            count = -1
+            while count != len(engine.futures):  # as many as it is given
+                count = len(engine.futures)
+                await asyncio.sleep(0.2)
+            made.append(count)
+            for future in engine.futures[-count:]:
+                if not future.done():
+                    future.set_result(error_output("fine"))
+        await task
+
+    asyncio.run(run())
+    assert len(found) == 3000
+    # What runs, as many again that wait, and what is made at once; never an engine that runs fewer than it could.
+    given = [now - before for before, now in itertools.pairwise([0, *made])]
+    assert all(800 <= count <= 800 + 2 * SUBMIT_ROWS for count in given[1:-2]), given
+    assert max(given) <= 800 + 2 * SUBMIT_ROWS
+
+
+def test_an_engine_that_died_keeps_nobody_waiting(chat_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = AsyncLLM(str(chat_model_dir), max_model_len=128, kvcache_block_size=16, num_kvcache_blocks=6)
+    waits, dies = threading.Event(), threading.Event()
+
+    def step() -> None:
+        waits.set()
+        dies.wait(60)
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(engine._engine, "step", step)
+
+    async def run() -> None:
+        requests = Requests(Settings(SamplingParams()), pa.schema([("prompt", pa.string())]))
+        path = RowPath(engine, "error")
+        calls = [path.run(requests, [{"prompt": "a"}] * 2000, [0] * 2000, lambda *_: None) for _ in range(2)]
+        tasks = [asyncio.create_task(call) for call in calls]
+        await asyncio.get_running_loop().run_in_executor(None, waits.wait, 60)
+        await asyncio.sleep(0.3)
+        dies.set()
+        for result in await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60):
+            assert isinstance(result, EngineDeadError)
+
+    asyncio.run(run())
 
 
 def test_calls_are_served_one_after_another() -> None:
