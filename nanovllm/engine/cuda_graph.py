@@ -134,6 +134,11 @@ class DecodeGraphs:
 
     def replay(self, slots: npt.NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
         """Decode the sequences in `slots` [B]; what `decode` returns, B rows of each, valid until the next replay on this stream."""
+        self.load(slots)
+        return self.replay_loaded(len(slots))
+
+    def load(self, slots: npt.NDArray[np.int64]) -> None:
+        """Say which sequences `replay_loaded` decodes."""
         count = len(slots)
         size = self.padded(count)
         wanted = np.full(size, self.padding_slot)
@@ -141,6 +146,10 @@ class DecodeGraphs:
         if not np.array_equal(wanted, self.loaded[:size]):
             self.slots[:size].copy_(to_device(wanted, self.device))
             self.loaded[:size] = wanted
+
+    def replay_loaded(self, count: int) -> tuple[torch.Tensor, ...]:
+        """`replay` of the `count` sequences loaded last."""
+        size = self.padded(count)
         if size not in self.graphs:
             self._capture(size)
         graph, outputs = self.graphs[size]
@@ -185,31 +194,30 @@ class MaskedSampling:
         width: int = dtype.itemsize
         return max_num_seqs * (hidden_size * width + 4 * mask_words + 16)
 
-    def replay(
-        self,
-        last: torch.Tensor,
-        lens: torch.Tensor,
-        slots: npt.NDArray[np.int64],
-        masks: npt.NDArray[np.int32],
-        rows: npt.NDArray[np.int64],
-    ) -> torch.Tensor:
-        """Sample S sequences; their tokens [S], valid until the next replay on this stream.
+    def load(
+        self, last: torch.Tensor, lens: torch.Tensor, slots: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    ) -> None:
+        """Take all of S sequences that `replay` samples but the masks.
 
         Args:
             last: [S, H]; lens: [S]; slots: [S] on the host.
-            masks: [m, W] of `rows` [m] among the S.
+            rows: [m] of the S that masks are of.
         """
         count = len(slots)
         size = self.graphs.padded(count)
         self.last[:count].copy_(last)
         self.lens[:count].copy_(lens)
-        to_device(masks, self.device, self.masks.bits[: len(masks)])
         wanted = np.full(size, -1)
         wanted[rows] = np.arange(len(rows))
         if not np.array_equal(wanted, self.loaded[:size]):
             to_device(wanted, self.device, self.masks.index[:size])
             self.loaded[:size] = wanted
-        (tokens,) = self.graphs.replay(slots)
+        self.graphs.load(slots)
+
+    def replay(self, count: int, masks: npt.NDArray[np.int32]) -> torch.Tensor:
+        """Sample the `count` sequences loaded last under `masks` [m, W]; their tokens [S], valid until the next replay on this stream."""
+        to_device(masks, self.device, self.masks.bits[: len(masks)])
+        (tokens,) = self.graphs.replay_loaded(count)
         return tokens
 
     def _run(self, slots: torch.Tensor) -> tuple[torch.Tensor]:

@@ -12,6 +12,7 @@ import gc
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from concurrent.futures import Future
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
@@ -113,8 +114,8 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def sample(self, asked: SamplingInput) -> None:
-        """Let the extended step that was launched last sample.
+    def sample(self, asked: SamplingInput, filled: Future[None] | None = None) -> None:
+        """Let the extended step that was launched last sample, once the masks of what it asks are `filled` (None: they are).
 
         Raises:
             EngineDeadError: a rank died.
@@ -191,10 +192,10 @@ class UniprocExecutor(Executor):
         """See `Executor.mask_buffer`."""
         return self._masks.rows(rows)
 
-    def sample(self, asked: SamplingInput) -> None:
+    def sample(self, asked: SamplingInput, filled: Future[None] | None = None) -> None:
         """See `Executor.sample`."""
         assert self.runner is not None
-        self.in_flight.append(self.runner.sample(asked))
+        self.in_flight.append(self.runner.sample(asked, filled))
 
     def collect(self) -> StepResult:
         """See `Executor.collect`."""
@@ -254,8 +255,10 @@ class RankedExecutor(Executor):
         """See `Executor.mask_buffer`."""
         return self._masks.rows(rows)
 
-    def sample(self, asked: SamplingInput) -> None:
+    def sample(self, asked: SamplingInput, filled: Future[None] | None = None) -> None:
         """See `Executor.sample`."""
+        if filled is not None:
+            filled.result()
         for rank in range(len(self.group.ranks)):
             self._send(rank, asked)
 

@@ -148,20 +148,24 @@ class GrammarCompiler:
         ordered = [job[1:] for job in jobs]
         begun = threading.Lock()
         begun.acquire()
-        filling = self._filler.submit(self._fill, self._executor, ordered, out, begun)
+        filling = Filling()
+        future = filling.future = self._filler.submit(self._fill, self._executor, ordered, out, begun, filling)
         begun.acquire()
         for inner, _, _ in jobs:
             inner.filling = filling
-        return filling
+        return future
 
     @staticmethod
-    def _fill(executor: Any, ordered: list[tuple[Any, int]], out: NDArray[np.int32], begun: threading.Lock) -> None:
+    def _fill(
+        executor: Any, ordered: list[tuple[Any, int]], out: NDArray[np.int32], begun: threading.Lock, done: Filling
+    ) -> None:
         """Let the threads of `executor` write to `out`, which is held until they have: they know no more of it than its address.
 
         Who asked waits until `begun` is released: this thread would get the interpreter's lock only when that one has nothing to do.
         """
         begun.release()
         executor.unsafe_compute_mask_ptr(ordered, out.ctypes.data, out.strides[0], len(out))
+        done.is_done = True
 
     def fill_masks(self, states: Sequence[Constraint], out: NDArray[np.int32]) -> None:
         """`start_masks`, to its end."""
@@ -265,6 +269,21 @@ class Grammar:
         return GrammarState(matcher.deep_copy(), id(matcher), self._eos_token_ids, self._free_words)
 
 
+class Filling:
+    """Masks that other threads make. Hundreds of states ask each step whether they are, and a future answers under a lock."""
+
+    __slots__ = ("future", "is_done")
+
+    def __init__(self) -> None:
+        self.future: Future[None] | None = None
+        self.is_done = False
+
+    def wait(self) -> None:
+        """Until they are made."""
+        if not self.is_done and self.future is not None:
+            self.future.result()
+
+
 class GrammarState:
     """Where one sequence stands in its grammar.
 
@@ -278,7 +297,7 @@ class GrammarState:
         self, matcher: Any, family: int, eos_token_ids: tuple[int, ...], free_words: NDArray[np.int32]
     ) -> None:
         self._matcher = matcher
-        self.filling: Future[None] | None = None  # other threads make its mask
+        self.filling: Filling | None = None  # other threads make its mask
         self.family = family  # of states that share a lock
         self._eos_token_ids = eos_token_ids
         self._free_words = free_words
@@ -288,7 +307,7 @@ class GrammarState:
     def matcher(self) -> Any:
         """llguidance's, when no other thread works with it: it refuses two."""
         if self.filling is not None:
-            self.filling.result()
+            self.filling.wait()
             self.filling = None
         return self._matcher
 

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from nanovllm.engine.ranks import RankLauncher
 
 
+# Words of a mask that are looked at before the others.
+FIRST_WORDS = 64
+
+
 class Flight(NamedTuple):
     """A step that was launched and not read yet. `settled`: ids of sequences whose sampled token does not count."""
 
@@ -185,9 +189,7 @@ class LLMEngine:
         if self.unsampled is None:
             return
         asked, masked, filled = self.unsampled
-        if filled is not None:
-            filled.result()
-        self.executor.sample(asked)
+        self.executor.sample(asked, filled)
         self.unsampled = None
         self.masked = masked, asked.row_masks
 
@@ -251,7 +253,9 @@ class LLMEngine:
             # Those whose last token was the only one its mask had: whoever begins a forced text is found a token later.
             ids, masks = self.masked
             words = masks.view(np.uint32)
-            one = np.flatnonzero((words != 0).sum(axis=1, dtype=np.int16) == 1)
+            # Most masks have more among the first tokens already, which are the shortest texts.
+            few = np.flatnonzero((words[:, :FIRST_WORDS] != 0).sum(axis=1, dtype=np.int16) <= 1)
+            one = few[(words[few] != 0).sum(axis=1, dtype=np.int16) == 1]
             word = words[one].max(axis=1, initial=0)
             return {ids[row] for row in one[word & (word - 1) == 0]}
         return {seq.seq_id for seq, _, _, samples in batch if samples and seq.extra and seq.extra.constraint}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -320,14 +321,18 @@ class ModelRunner:
         return StepCopy(self._sample(forward))
 
     @torch.inference_mode()
-    def sample(self, asked: SamplingInput) -> StepCopy:
-        """Sample the extended step that was launched last; what it samples and reports, once it is done."""
+    def sample(self, asked: SamplingInput, filled: Future[None] | None = None) -> StepCopy:
+        """Sample the extended step that was launched last, once its masks are `filled`; what it samples and reports, once it is done."""
         assert self.waits is not None, "no step waits for its sampling"
         (forward, host_slots), self.waits = self.waits, None
         if self.masked_sampling is not None and asked.asks_only_masks:
-            return StepCopy(
-                self.masked_sampling.replay(forward.last, forward.lens, host_slots, asked.row_masks, asked.masked_rows)
-            )
+            sampling = self.masked_sampling
+            sampling.load(forward.last, forward.lens, host_slots, asked.masked_rows)  # while they are being filled
+            if filled is not None:
+                filled.result()
+            return StepCopy(sampling.replay(len(host_slots), asked.row_masks))
+        if filled is not None:
+            filled.result()
         slots, keys = forward.slots, self.keys[: len(forward.slots)]
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
         logprobs = None
