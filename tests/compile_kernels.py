@@ -102,8 +102,14 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
             types, scales = types | {"scales": BF16}, {}
         kernel = qk_norm_rope._qk_norm_rope_store_kernel
         found.append((f"rope {rotary} {weight} {cache}", kernel, types, ROPE_SHAPE | scales | {"ROTARY": rotary}))
-    norm = {"ADD": True, "SPLITS": 1, "BLOCK": 1024, "PDL": True}
+    norm = {"ADD": True, "SPLITS": 1, "BLOCK": 1024, "PDL": True, "LARGEST": 0.0, "LEAST_SCALE": 1e-10, "GROUP": 1024}
+    norm |= {"INTEGER": False, "scale_ptr": None}
     found.append(("norm", layernorm._add_rms_norm_kernel, NORM | {"weight_ptr": F32}, norm))
+    for numbers, group in ((FP8, 4096), (I8, 128)):
+        types = NORM | {"weight_ptr": BF16, "normed_ptr": numbers, "scale_ptr": F32}
+        shape = norm | {"LARGEST": 448.0, "GROUP": group, "INTEGER": numbers == I8, "BLOCK": 4096, "num_warps": 16}
+        del shape["scale_ptr"]
+        found.append((f"norm {numbers} {group}", layernorm._add_rms_norm_kernel, types, shape))
     reduced = NORM | {"weight_ptr": F32, "addresses_ptr": I64}
     shape = {"WORLD": 2, "ADD": False, "SYNC": True, "BLOCK": 1024, "PDL": True}
     found.append(("sum over ranks", all_reduce._all_reduce_add_rms_norm_kernel, reduced, shape))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from nanovllm.kernels.quantize import LARGEST, LEAST_SCALE, rounded
 from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 
@@ -45,14 +46,43 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `add_rms_norm_torch`. The sum is a fresh tensor, or `x` itself where there is no residual."""
+    normed, _, total = _launch(x, residual, weight, eps, None, 0)
+    return normed, total
+
+
+def add_rms_norm_rounded(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, dtype: torch.dtype, group: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `quantize_rows` makes of `add_rms_norm`'s norm, and the sum: numbers [..., H] of `dtype`, scales [H / group, T], the sum.
+
+    The norm itself goes to memory nowhere, which the two launches would write and read.
+    """
+    normed, scale, total = _launch(x, residual, weight, eps, dtype, group)
+    assert scale is not None
+    return normed, scale, total
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype | None,
+    group: int,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """The norm, as numbers of `dtype` where it is one; their scales then; and the sum."""
     size = x.shape[-1]
     whole = x if residual is None else residual
     splits = 1 if x.dim() == whole.dim() else len(x)
     rows, others = x.reshape(splits, -1, size), whole.reshape(-1, size)
     assert rows.stride(2) == 1 and others.stride(1) == 1 and weight.is_contiguous()
-    normed = torch.empty(whole.shape, dtype=whole.dtype, device=x.device)
-    total = x if residual is None else torch.empty_like(normed)
+    normed = torch.empty(whole.shape, dtype=dtype or whole.dtype, device=x.device)
+    total = x if residual is None else torch.empty(whole.shape, dtype=whole.dtype, device=x.device)
     block = triton.next_power_of_2(size)
+    assert size % (group or size) == 0
+    scale = None
+    if dtype is not None:
+        scale = torch.empty(size // (group or size), len(others), dtype=torch.float32, device=x.device)
     pdl = use_pdl(x)
     _add_rms_norm_kernel[(len(others),)](
         rows,
@@ -60,6 +90,8 @@ def add_rms_norm(
         weight,
         normed,
         total,
+        scale,
+        len(others),
         rows.stride(0),
         rows.stride(1),
         others.stride(0),
@@ -67,22 +99,28 @@ def add_rms_norm(
         eps,
         ADD=residual is not None,
         SPLITS=splits,
+        LARGEST=0.0 if dtype is None else LARGEST[dtype],
+        LEAST_SCALE=LEAST_SCALE,
+        GROUP=group or block,
+        INTEGER=dtype == torch.int8,
         BLOCK=block,
         PDL=pdl,
         launch_pdl=pdl,
         # Four elements a thread: a row is short, so its latency counts, not the width of a load.
         num_warps=min(max(block // 128, 1), 16),
     )
-    return normed, total
+    return normed, scale, total
 
 
-@triton.jit(do_not_specialize=["stride_split"])
+@triton.jit(do_not_specialize=["tokens", "stride_split"])
 def _add_rms_norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
     normed_ptr,
     total_ptr,
+    scale_ptr,
+    tokens,
     stride_split,
     stride_x,
     stride_residual,
@@ -90,6 +128,10 @@ def _add_rms_norm_kernel(
     eps,
     ADD: tl.constexpr,
     SPLITS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    LEAST_SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    INTEGER: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -104,7 +146,7 @@ def _add_rms_norm_kernel(
     x = tl.load(x_ptr + column, mask=inside, other=0.0)
     for split in tl.static_range(1, SPLITS):
         x += tl.load(x_ptr + split * stride_split + column, mask=inside, other=0.0)
-    dtype = normed_ptr.dtype.element_ty
+    dtype = total_ptr.dtype.element_ty
     x = x.to(dtype).to(tl.float32)
     if ADD:
         residual = tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0)
@@ -115,5 +157,13 @@ def _add_rms_norm_kernel(
     normed = x * scale
     if weight.dtype == dtype:
         normed = normed.to(dtype).to(tl.float32)
-    normed *= weight.to(tl.float32)
-    tl.store(normed_ptr + row * size + column, normed.to(dtype), mask=inside)
+    normed = (normed * weight.to(tl.float32)).to(dtype)
+    if LARGEST > 0.0:
+        grouped = tl.reshape(normed.to(tl.float32), (BLOCK // GROUP, GROUP))
+        numbers, scale = rounded(grouped, LARGEST, LEAST_SCALE, INTEGER)
+        numbers = tl.reshape(numbers, (BLOCK,)).to(normed_ptr.dtype.element_ty)
+        tl.store(normed_ptr + row * size + column, numbers, mask=inside)
+        group = tl.arange(0, BLOCK // GROUP)
+        tl.store(scale_ptr + group.to(tl.int64) * tokens + row, scale, mask=group * GROUP < size)
+    else:
+        tl.store(normed_ptr + row * size + column, normed, mask=inside)

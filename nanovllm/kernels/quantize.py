@@ -100,6 +100,14 @@ def _quantize_rows_kernel(
         # Rounded where silu and the product are in torch.
         up = tl.load(x_ptr + columns + column, mask=inside, other=0.0).to(tl.float32)
         x = ((x / (1.0 + tl.exp(-x))).to(loaded.dtype).to(tl.float32) * up).to(loaded.dtype).to(tl.float32)
+    numbers, scale = rounded(x, LARGEST, LEAST_SCALE, INTEGER)
+    tl.store(numbers_ptr + row * columns + column, numbers.to(numbers_ptr.dtype.element_ty), mask=inside)
+    tl.store(scale_ptr + group.to(tl.int64) * tokens + row, scale, mask=group * GROUP < columns)
+
+
+@triton.jit
+def rounded(x, LARGEST: tl.constexpr, LEAST_SCALE: tl.constexpr, INTEGER: tl.constexpr):
+    """`x` [groups, columns] float32 as numbers to be cast to 8 bits, and a scale for each group."""
     scale = tl.maximum(tl.max(tl.abs(x), axis=1) / LARGEST, LEAST_SCALE)
     numbers = x / scale[:, None]
     if INTEGER:
@@ -107,5 +115,4 @@ def _quantize_rows_kernel(
     else:
         # The quotient of a rounded division may lie a little above the largest number.
         numbers = tl.minimum(tl.maximum(numbers, -LARGEST), LARGEST)
-    tl.store(numbers_ptr + row * columns + column, numbers.to(numbers_ptr.dtype.element_ty), mask=inside)
-    tl.store(scale_ptr + group.to(tl.int64) * tokens + row, scale, mask=group * GROUP < columns)
+    return numbers, scale

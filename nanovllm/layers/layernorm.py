@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nanovllm.kernels.layernorm import add_rms_norm, add_rms_norm_torch
+from nanovllm.kernels.layernorm import add_rms_norm, add_rms_norm_rounded, add_rms_norm_torch
 from nanovllm.kernels.triton_compat import use_triton
 from nanovllm.layers.parallel import TensorParallel
+from nanovllm.layers.quantized import DTYPES, RoundedRows
+from nanovllm.models.quantization import WeightFormat
 
 
 class RMSNorm(nn.Module):
@@ -26,6 +28,15 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., size] -> [..., size] in the type of `x`."""
         return self.add_norm(x, None)[0]
+
+    def add_norm_rounded(
+        self, x: torch.Tensor, residual: torch.Tensor | None, form: WeightFormat | None
+    ) -> tuple[torch.Tensor | RoundedRows, torch.Tensor]:
+        """`add_norm`, the norm being rounded for a product with a weight in `form`; as it is where that is None, or cannot be done at once."""
+        if form is None or self.tp.size > 1 or not use_triton(x):
+            return self.add_norm(x, residual)
+        numbers, scale, total = add_rms_norm_rounded(x, residual, self.weight, self.eps, DTYPES[form.kind], form.group)
+        return RoundedRows(numbers, scale, total.dtype), total
 
     def add_norm(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Add a block's output to the residual; the sum's norm and the sum, [T, size] each.

@@ -127,8 +127,10 @@ class ColumnParallelLinear(ParallelLinear):
         parts = zip(tensor.split(self.totals), self.offsets.values(), strict=True)
         return torch.cat([whole[shard * rows : (shard + 1) * rows] for whole, (_, rows, shard) in parts])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, in_features] -> [T, sum of this rank's rows]."""
+    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
+        """[T, in_features] -> [T, sum of this rank's rows]. `x` is rounded only where the layer `takes_rounded`."""
+        if isinstance(x, RoundedRows):
+            return self.product(x, self.bias)
         tiles = None if self.quantized is not None else choose_tiles(x, self.weight)
         low_rank = self.low_rank(x, tiles)
         if tiles is not None:
@@ -153,12 +155,14 @@ class GatedColumnParallelLinear(ColumnParallelLinear):
         super().__init__(in_features, parts, bias, (features, features))
         self.activation = activation
 
-    def forward(self, x: torch.Tensor, rounded: WeightFormat | None = None) -> torch.Tensor | RoundedRows:
+    def forward(self, x: torch.Tensor | RoundedRows, rounded: WeightFormat | None = None) -> torch.Tensor | RoundedRows:
         """[T, in_features] -> [T, this rank's rows of one part], `rounded` for the product that comes next."""
         if rounded is not None and self.activation == "silu":
             return RoundedRows.of(super().forward(x), rounded, gated=True)
         if self.activation != "silu":
             return gelu_and_mul(super().forward(x))
+        if isinstance(x, RoundedRows):
+            return silu_and_mul(super().forward(x))
         tiles = None if self.quantized is not None else choose_tiles(x, self.weight, gated=True)
         low_rank = self.low_rank(x, tiles)
         if tiles is not None and (low_rank is not None or not self.has_adapters):

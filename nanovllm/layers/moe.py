@@ -135,6 +135,9 @@ class SparseMoe(nn.Module):
         self.gate = Router(hidden_size, config.num_experts)
         self.experts = FusedExperts(hidden_size, config, tp)
 
+    # The router and the experts read the same hidden states, the former unrounded.
+    takes_rounded = None
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] -> this rank's partial sums [T, H]."""
         logits, experts = self.gate(hidden), self.experts

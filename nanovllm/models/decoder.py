@@ -19,8 +19,10 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GatedColumnParallelLinear, RowParallelLinear, qkv_parallel_linear
 from nanovllm.layers.moe import SparseMoe
 from nanovllm.layers.parallel import TensorParallel
+from nanovllm.layers.quantized import RoundedRows
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.config import ModelConfig, RopeConfig
+from nanovllm.models.quantization import WeightFormat
 from nanovllm.utils.context import ForwardContext
 
 
@@ -62,7 +64,14 @@ class SelfAttention(nn.Module):
         self.rotary = rotary
         self.attn = Attention(backend, spec)
 
-    def forward(self, positions: torch.Tensor, hidden: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+    @property
+    def takes_rounded(self) -> WeightFormat | None:
+        """See `ParallelLinear.takes_rounded`."""
+        return self.qkv_proj.takes_rounded
+
+    def forward(
+        self, positions: torch.Tensor, hidden: torch.Tensor | RoundedRows, context: ForwardContext
+    ) -> torch.Tensor:
         """[T, H] -> [T, H]."""
         qkv = self.qkv_proj(hidden)
         norm_rope_store = qk_norm_rope_store if use_triton(qkv) else qk_norm_rope_store_torch
@@ -93,7 +102,12 @@ class MLP(nn.Module):
         )
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, config.mlp_bias, tp, slot=1)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    @property
+    def takes_rounded(self) -> WeightFormat | None:
+        """See `ParallelLinear.takes_rounded`."""
+        return self.gate_up_proj.takes_rounded
+
+    def forward(self, hidden: torch.Tensor | RoundedRows) -> torch.Tensor:
         """[T, H] -> [T, H]."""
         inner = self.gate_up_proj(hidden, self.down_proj.takes_rounded)
         out: torch.Tensor = self.down_proj(inner)
@@ -107,7 +121,7 @@ class DecoderLayer(nn.Module):
     # Whether the last block's output is this rank's partial sums, which the next layer's norm or the final one adds up.
     partial_sums: ClassVar[bool] = True
 
-    def __init__(self, config: ModelConfig, attention: SelfAttention, mlp: nn.Module, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, attention: SelfAttention, mlp: MLP | SparseMoe, tp: TensorParallel) -> None:
         super().__init__()
         self.self_attn = attention
         self.mlp = mlp
@@ -118,10 +132,10 @@ class DecoderLayer(nn.Module):
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, context: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states, as the feed-forward block's partial sums, and residual [T, H] after this layer."""
-        hidden, residual = self.input_layernorm.add_norm(hidden, residual)
-        hidden = self.self_attn(positions, hidden, context)
-        hidden, residual = self.post_attention_layernorm.add_norm(hidden, residual)
-        return self.mlp(hidden), residual
+        normed, residual = self.input_layernorm.add_norm_rounded(hidden, residual, self.self_attn.takes_rounded)
+        hidden = self.self_attn(positions, normed, context)
+        normed, residual = self.post_attention_layernorm.add_norm_rounded(hidden, residual, self.mlp.takes_rounded)
+        return self.mlp(normed), residual
 
 
 class Decoder(nn.Module):
@@ -201,7 +215,7 @@ class CausalLM(nn.Module, ABC):
     def attention_kind(config: ModelConfig) -> AttentionKind:
         """The attention this family has."""
 
-    def make_mlp(self, config: ModelConfig, index: int, tp: TensorParallel) -> nn.Module:
+    def make_mlp(self, config: ModelConfig, index: int, tp: TensorParallel) -> MLP | SparseMoe:
         """The feed-forward block of layer `index`: [T, H] -> [T, H], as partial sums."""
         if config.layers[index].sparse:
             assert config.moe is not None

@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from nanovllm.layers.attention import AttentionBackend
 from nanovllm.layers.layernorm import RMSNorm, UnitOffsetRMSNorm
+from nanovllm.layers.moe import SparseMoe
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.decoder import MLP, AttentionKind, CausalLM, DecoderLayer, SelfAttention
@@ -22,7 +22,7 @@ class GemmaLayer(DecoderLayer):
     norm_class: ClassVar[type[RMSNorm]] = UnitOffsetRMSNorm
     partial_sums: ClassVar[bool] = False
 
-    def __init__(self, config: ModelConfig, attention: SelfAttention, mlp: nn.Module, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, attention: SelfAttention, mlp: MLP | SparseMoe, tp: TensorParallel) -> None:
         super().__init__(config, attention, mlp, tp)
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = self.norm_class(size, eps)
@@ -35,10 +35,10 @@ class GemmaLayer(DecoderLayer):
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, context: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states, whole, and residual [T, H] after this layer."""
-        hidden, residual = self.input_layernorm.add_norm(hidden, residual)
-        hidden = self.post_attention_layernorm.reduce_norm(self.self_attn(positions, hidden, context))
-        hidden, residual = self.pre_feedforward_layernorm.add_norm(hidden, residual)
-        return self.post_feedforward_layernorm.reduce_norm(self.mlp(hidden)), residual
+        normed, residual = self.input_layernorm.add_norm_rounded(hidden, residual, self.self_attn.takes_rounded)
+        hidden = self.post_attention_layernorm.reduce_norm(self.self_attn(positions, normed, context))
+        normed, residual = self.pre_feedforward_layernorm.add_norm_rounded(hidden, residual, self.mlp.takes_rounded)
+        return self.post_feedforward_layernorm.reduce_norm(self.mlp(normed)), residual
 
 
 class Gemma2ForCausalLM(CausalLM):

@@ -13,9 +13,10 @@ import torch
 from nanovllm.kernels.activation import gelu_and_mul, gelu_and_mul_torch, silu_and_mul, silu_and_mul_torch
 from nanovllm.kernels.embedding import embedding_shard, embedding_shard_torch
 from nanovllm.kernels.fp8_cache import FP8, quantize_kv_rows, scales_shape
-from nanovllm.kernels.layernorm import add_rms_norm, add_rms_norm_torch
+from nanovllm.kernels.layernorm import add_rms_norm, add_rms_norm_rounded, add_rms_norm_torch
 from nanovllm.kernels.paged_attention import gather_kv
 from nanovllm.kernels.qk_norm_rope import qk_norm_rope_store, qk_norm_rope_store_torch
+from nanovllm.kernels.quantize import quantize_rows
 from nanovllm.kernels.sampling import (
     LEAST_KEY,
     RowMasks,
@@ -96,6 +97,23 @@ def test_add_rms_norm(dtype: torch.dtype, tokens: int, size: int, strided: bool)
         assert normed.is_contiguous()
     assert total is x, "without a residual the sum is x, not a copy"
     assert torch.equal(x, x_before) and torch.equal(residual, residual_before)
+
+
+@needs_triton
+@pytest.mark.parametrize("numbers", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("size", "group"), [(96, 0), (1024, 0), (384, 128)])
+def test_add_rms_norm_rounds_as_two_launches_do(numbers: torch.dtype, size: int, group: int) -> None:
+    x, residual = randn(5, size).bfloat16(), randn(5, size, seed=1).bfloat16()
+    x[2] = residual[2] = 0
+    for weight in (randn(size), randn(size).bfloat16()):
+        for other in (residual, None):
+            normed, expected_total = add_rms_norm(x, other, weight, 1e-6)
+            expected, expected_scale = quantize_rows(normed, numbers, group)
+            rounded, scale, total = add_rms_norm_rounded(x, other, weight, 1e-6, numbers, group)
+            assert rounded.dtype == numbers
+            assert torch.equal(rounded.view(torch.uint8), expected.view(torch.uint8))
+            assert torch.equal(scale, expected_scale)
+            assert torch.equal(total, expected_total)
 
 
 @needs_triton

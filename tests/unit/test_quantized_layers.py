@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from nanovllm import LLM, SamplingParams, UserError
 from nanovllm.engine import model_runner
 from nanovllm.kernels.activation import silu_and_mul_torch
+from nanovllm.kernels.layernorm import add_rms_norm_rounded
 from nanovllm.kernels.packed_linear import (
     PackedTiles,
     pack_columns,
@@ -26,7 +27,9 @@ from nanovllm.kernels.packed_linear import (
 from nanovllm.kernels.quantize import quantize_rows, quantize_rows_torch
 from nanovllm.kernels.scaled_linear import ScaledTiles, scaled_linear_torch, scaled_tiles, triton_scaled_linear
 from nanovllm.kernels.triton_compat import HAS_TRITON
+from nanovllm.layers import layernorm, quantized
 from nanovllm.layers.backends.torch_backend import TorchBackend
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ParallelLinear
 from nanovllm.layers.lora import AdapterTokens, LoraWeights
 from nanovllm.layers.moe import FusedExperts
@@ -338,6 +341,30 @@ def test_an_engine_in_fp8_says_nearly_the_same(tmp_path: Path, monkeypatch: pyte
     for found in (rounded, held):
         errors = torch.tensor(found) - torch.tensor(plain)
         assert 0 < errors.abs().mean() < 0.15 * torch.tensor(plain).std()  # such models exaggerate
+
+
+@needs_triton
+def test_norms_round_what_products_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one launch where there are kernels: the same numbers as in two."""
+    make_model(tmp_path, **SIZES)
+    monkeypatch.setattr(model_runner, "can_keep_quantized", lambda device: True)
+    # Kernels for the norms and what rounds rows, for nothing else.
+    monkeypatch.setattr(layernorm, "use_triton", lambda x: x.dim() == 2)
+    monkeypatch.setattr(quantized, "use_triton", lambda x: x.dtype == torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(RMSNorm, "add_norm_rounded", lambda self, x, residual, form: self.add_norm(x, residual))
+        apart = logprobs(tmp_path, quantization="fp8")
+    rounded: list[torch.Size] = []
+
+    def note(x: torch.Tensor, *others: Any) -> Any:
+        rounded.append(x.shape)
+        return add_rms_norm_rounded(x, *others)
+
+    monkeypatch.setattr(layernorm, "add_rms_norm_rounded", note)
+    together = logprobs(tmp_path, quantization="fp8")
+    assert set(rounded) == {(37, 256)}  # before the attention's product and the feed-forward's
+    assert len(rounded) % 2 == 0
+    assert together == apart
 
 
 def test_adapters_are_added_to_quantized_products(tmp_path: Path) -> None:
