@@ -30,6 +30,9 @@ CACHE_SIZE = 512
 # States that share one compiled form before another is made for the next ones: those of one share what they find out under a lock,
 # so threads would wait for each other.
 STATES_PER_MATCHER = 16
+# Compiled forms of a grammar for each thread, at most. A text that ends in two to four characters has a mask that takes a hundred times the
+# others' time, under that lock: with one form a thread, others would have nothing left that they may work on.
+MATCHERS_PER_THREAD = 2
 # A long constant is forced piece by piece.
 MAX_FORCED_TOKENS = 256
 # Sets of tokens that llguidance allows as a whole where a text may go on freely. Its own are of texts of up to 10 and 30 characters: a text
@@ -216,7 +219,8 @@ class GrammarCompiler:
         warnings = matcher.get_grammar_warnings()
         if warnings:
             return _refusal(params, "; ".join(warnings))
-        grammar = Grammar(matcher, compiled, self._threads, self.eos_token_ids, self._free_words)
+        most = MATCHERS_PER_THREAD * self._threads if self._threads > 1 else 1
+        grammar = Grammar(matcher, compiled, most, self.eos_token_ids, self._free_words)
         reason = self._dead_end(grammar.start())
         return _refusal(params, reason) if reason else grammar
 
@@ -240,7 +244,7 @@ class Grammar:
 
     Args:
         matcher: llguidance's, before the first token; compiled: makes another one.
-        most: matchers to spread the states over, one for each thread that fills masks.
+        most: matchers to spread the states over.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from jsonschema import Draft202012Validator, FormatChecker
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanovllm.engine.grammar import (
+    MATCHERS_PER_THREAD,
     STATES_PER_MATCHER,
     Grammar,
     GrammarCompiler,
@@ -577,13 +578,13 @@ def test_filling_many_is_filling_each(tokenizer: PreTrainedTokenizerBase, thread
     states.append(ReasoningGate(tags, [], grammar.start(), 0, VOCAB, EOS))
     # So many of one grammar that they are spread over several compiled forms.
     same = compiler.compile(params(regex="[a-z]{1,9}[0-9]+"))
-    for number in range(3 * STATES_PER_MATCHER):
+    forms = MATCHERS_PER_THREAD * threads if threads > 1 else 1
+    for number in range((forms + 1) * STATES_PER_MATCHER):
         states.append(state := same.start())
         for letter in "abcdefgh"[: number % 9]:
             assert state.accept(tokenizer.encode(letter)[0])
     assert (
-        len({state.family for state in states if isinstance(state, GrammarState)} & {*map(id, same._matchers)})
-        == threads
+        len({state.family for state in states if isinstance(state, GrammarState)} & {*map(id, same._matchers)}) == forms
     )
     random.Random(0).shuffle(states)
     out = np.full((len(states) + 3, compiler.mask_words), 0x5A5A5A5A, np.int32)
