@@ -10,7 +10,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,15 +110,16 @@ class GrammarCompiler:
             return [state.accept(token_id) for state, token_id in sampled]
         fits = [True] * len(sampled)
         jobs: list[tuple[int, int, tuple[Any, int]]] = []
+        eos_token_ids = self.eos_token_ids
         for place, (state, token_id) in enumerate(sampled):
             inner = state.mask_state
-            if inner is None or inner.is_finished or token_id in self.eos_token_ids:
+            if inner is None or inner.is_finished or token_id in eos_token_ids:
                 fits[place] = state.accept(token_id)
             else:
                 jobs.append((inner.family, place, (inner.matcher, token_id)))
         if jobs:
             # As in `start_masks`: those that share a lock are side by side.
-            jobs.sort(key=itemgetter(0))
+            jobs.sort()
             taken = self._executor.consume_token_par([job for _, _, job in jobs])
             for (_, place, _), fit in zip(jobs, taken, strict=True):
                 fits[place] = fit
@@ -137,24 +137,24 @@ class GrammarCompiler:
             raise ValueError("masks must be a C-contiguous int32 array [n, W]")
         if out.shape[1] != self.mask_words or out.shape[0] < len(states):
             raise ValueError(f"masks are {out.shape}, must be ({len(states)}, {self.mask_words})")
-        jobs: list[tuple[GrammarState, Any, int]] = []
+        jobs: list[tuple[int, int, GrammarState]] = []
         for row, state in enumerate(states):
             inner = state.mask_state if self._executor is not None else None
             if inner is None:
                 state.fill_mask(out[row])
             else:
-                jobs.append((inner, inner.matcher, row))
+                jobs.append((inner.family, row, inner))
         if not jobs or self._executor is None or self._filler is None:
             return None
         # Each thread takes neighbours: those that share a lock are side by side.
-        jobs.sort(key=lambda job: job[0].family)
-        ordered = [job[1:] for job in jobs]
+        jobs.sort()
+        ordered = [(inner.matcher, row) for _, row, inner in jobs]
         begun = threading.Lock()
         begun.acquire()
         filling = Filling()
         future = filling.future = self._filler.submit(self._fill, self._executor, ordered, out, begun, filling)
         begun.acquire()
-        for inner, _, _ in jobs:
+        for _, _, inner in jobs:
             inner.filling = filling
         return future
 

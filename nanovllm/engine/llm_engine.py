@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from nanovllm.engine.ranks import RankLauncher
+    from nanovllm.engine.reasoning import Constraint
 
 
 # Words of a mask that are looked at before the others.
@@ -206,8 +207,13 @@ class LLMEngine:
         if forced:
             self._apply(reads, finished)
             reads = []
-        masked: list[tuple[Sequence, int]] = []  # of rows that ask for nothing else
-        limited: list[tuple[Sequence, int]] = []
+        # Of rows that ask for nothing else: ids, rows and constraints; of others rows and constraints.
+        masked: list[int] = []
+        masked_rows: list[int] = []
+        constraints: list[Constraint] = []
+        limited_rows: list[int] = []
+        limited: list[Constraint] = []
+        is_over = SequenceStatus.FINISHED
         sampling = among_logits = -1
         for seq, _, _, samples in batch:
             sampling += samples
@@ -215,8 +221,9 @@ class LLMEngine:
             if extra is None or not samples or not extra.samples_differently:
                 continue
             among_logits += extra.needs_logits
-            if seq.status is SequenceStatus.FINISHED or seq.seq_id in ended:
+            if seq.status is is_over or seq.seq_id in ended:
                 continue
+            constraint = extra.constraint
             if seq.seq_id in forced:
                 settled.add(seq.seq_id)
                 seq.num_pending -= 1
@@ -224,26 +231,28 @@ class LLMEngine:
                 for token_id in forced[seq.seq_id]:
                     if self._append((seq, token_id, None), finished):
                         break
-            elif extra.constraint is not None and extra.constraint.needs_mask:
+            elif constraint is not None and constraint.needs_mask:
                 if extra.needs_logits:
-                    limited.append((seq, among_logits))
+                    limited_rows.append(among_logits)
+                    limited.append(constraint)
                 else:
-                    masked.append((seq, sampling))
-        constraints = [seq.extra.constraint for seq, _ in masked + limited if seq.extra and seq.extra.constraint]
+                    masked.append(seq.seq_id)
+                    masked_rows.append(sampling)
+                    constraints.append(constraint)
+        constraints += limited
         # The copies of the step before to the device are done, as its tokens have come back.
         masks = self.executor.mask_buffer(len(constraints))
         filled = self.requests.grammars.start_masks(constraints, masks) if constraints else None
         self._apply(reads, finished)  # beside the threads that fill them
         bans: list[tuple[int, int]] = []
-        among_logits = -1
-        for seq, _, _, samples in batch:
+        needs_logits, among_logits = among_logits >= 0, -1
+        for seq, _, _, samples in batch if needs_logits else ():
             if seq.extra is not None and samples and seq.extra.needs_logits:
                 among_logits += 1
                 if seq.status is not SequenceStatus.FINISHED:
                     banned = seq.extra.banned_next(seq.token_ids, seq.num_prompt_tokens)
                     bans += [(among_logits, token) for token in banned]
-        asked = asked.with_grammar(masks, [row for _, row in masked], [row for _, row in limited], bans)
-        return Unsampled(asked, [seq.seq_id for seq, _ in masked], filled)
+        return Unsampled(asked.with_grammar(masks, masked_rows, limited_rows, bans), masked, filled)
 
     def _ask_for_forced_tokens(self, batch: list[ScheduledSequence]) -> set[int]:
         """Ids of the sequences whose constraint is asked whether it leaves one way. That takes the host some microseconds each."""
@@ -295,21 +304,22 @@ class LLMEngine:
 
     def _accept(self, reads: list[Read]) -> list[Read]:
         """Hand the tokens to the constraints of their sequences, to all at once where nothing else can have chosen them."""
-        together = [
-            (seq.extra.constraint, token_id)
-            for seq, token_id, _ in reads
-            if seq.extra is not None and seq.extra.constraint is not None and seq.extra.accepts_together
-        ]
-        fits = iter(self.requests.grammars.accept_all(together) if together else ())
-        accepted: list[Read] = []
-        for read in reads:
-            seq, token_id, _ = read
+        accepted = list(reads)
+        places: list[int] = []
+        together: list[tuple[Constraint, int]] = []
+        for place, (seq, token_id, _) in enumerate(reads):
             extra = seq.extra
             constraint = None if extra is None else extra.constraint
-            if extra is not None and constraint is not None:
-                fit = next(fits) if extra.accepts_together else constraint.accept(token_id)
-                read = seq, token_id, Verdict(fit, constraint.is_stopped)
-            accepted.append(read)
+            if extra is None or constraint is None:
+                continue
+            if extra.accepts_together:
+                places.append(place)
+                together.append((constraint, token_id))
+            else:
+                accepted[place] = seq, token_id, Verdict(constraint.accept(token_id), constraint.is_stopped)
+        fits = self.requests.grammars.accept_all(together) if together else ()
+        for place, (constraint, token_id), fit in zip(places, together, fits, strict=True):
+            accepted[place] = reads[place][0], token_id, Verdict(fit, constraint.is_stopped)
         return accepted
 
     def _surely_ends(self, read: Read) -> bool:
