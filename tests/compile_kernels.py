@@ -158,9 +158,8 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         "plan": I32,
         "column_tiles": I32,
     }
-    for block_m, out in ((16, BF16), (32, BF16), (64, F32)):
+    for block_m, out in ((16, BF16), (64, F32)):
         shape = {"BLOCK_M": block_m, "RANK": 16, "BLOCK_K": lora.BLOCK_K, "SPLITS": 2, "COLUMNS": 128, "PDL": True}
-        shape |= {"LINES": 8, "LINE": 64}
         shape |= {"OLD_X": block_m == 16, "ALIGNED": block_m == 16}
         found.append((f"shrink {block_m}", lora._shrink_kernel, low_rank, shape))
         found.append((f"expand {block_m} {out}", lora._expand_kernel, low_rank | {"out_ptr": out}, shape))

@@ -17,7 +17,7 @@ from nanovllm.kernels.activation import silu_and_mul_torch
 from nanovllm.kernels.grouping import group_rows
 from nanovllm.kernels.quantize import quantize_rows, quantize_rows_torch
 from nanovllm.kernels.scaled_linear import GROUP, scaled_linear_torch
-from nanovllm.kernels.triton_compat import prefetch, tl, triton, use_pdl
+from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 # The last tile of an expert with no more pairs is computed as one of so many.
 TAIL_M = 64
@@ -377,7 +377,7 @@ def _grouped_linear_kernel(
         if PREFETCH > 0:
             lines = tl.arange(0, PREFETCH) * (128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
             rows = tl.minimum(column + tl.arange(0, BLOCK_N), n_size - 1)
-            prefetch(weight_ptr + rows.to(tl.int64)[:, None] * k_size + tl.minimum(lines, k_size - 1)[None, :])
+            _prefetch(weight_ptr + rows.to(tl.int64)[:, None] * k_size + tl.minimum(lines, k_size - 1)[None, :])
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if expert < 0:
@@ -393,6 +393,14 @@ def _grouped_linear_kernel(
         x_ptr, weight_ptr, out_ptr, x_scale_ptr, scale_ptr, order, first, end, column, n_size, k_size, stride_x,
         x_rows, num_experts * weight_rows, APART, GATED, GROUPED, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_N, EVEN_K, STAGES, PRECISION,
     )  # fmt: skip
+
+
+@triton.jit
+def _prefetch(pointers):
+    """Have the lines of memory at `pointers` brought to the L2 cache, and do not wait."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from nanovllm.kernels.grouping import group_rows
-from nanovllm.kernels.triton_compat import prefetch, tl, triton, use_pdl
+from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 # Tokens of a tile, and the most parts that its sum over K is made in, for steps of up to so many tokens: few tokens make few tiles,
 # and parts occupy the device.
@@ -22,8 +22,6 @@ TILES = ((128, 16, 8), (1024, 32, 4))
 LARGEST_TILE = (64, 1)
 SPLIT_FEATURES = 512
 BLOCK_K = 128
-# Of the L2 cache.
-LINE_BYTES = 128
 
 
 class AdapterGroups(NamedTuple):
@@ -187,8 +185,6 @@ def shrink(x: torch.Tensor, a: torch.Tensor, rank: int, groups: AdapterGroups, *
         BLOCK_M=groups.block_m,
         RANK=rank,
         BLOCK_K=BLOCK_K,
-        LINES=triton.next_power_of_2(split_features * a.element_size() // LINE_BYTES),
-        LINE=LINE_BYTES // a.element_size(),
         OLD_X=x_is_old,
         PDL=pdl,
         launch_pdl=pdl,
@@ -212,8 +208,6 @@ def _shrink_kernel(
     BLOCK_M: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LINES: tl.constexpr,
-    LINE: tl.constexpr,
     OLD_X: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -232,11 +226,6 @@ def _shrink_kernel(
     x_tile = x_ptr + t[:, None] * stride_x + (first + k)[None, :]
     a_tile = a_ptr + (adapter * width + r[None, :]).to(tl.int64) * features + (first + k)[:, None]
     if PDL and not OLD_X:
-        # The matrix comes from memory while the kernel before makes `x`.
-        line = tl.arange(0, LINES) * LINE
-        line = tl.where(line < size, line, 0)
-        rows = (tl.maximum(adapter, 0) * width + r[:, None]).to(tl.int64) * features + tl.minimum(first, features - 1)
-        prefetch(a_ptr + rows + line[None, :])
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros((BLOCK_M, RANK), tl.float32)

@@ -58,11 +58,3 @@ def use_pdl(tensor: torch.Tensor) -> bool:
     predecessor is complete when a kernel starts.
     """
     return tensor.is_cuda and _device_has_pdl(tensor.device.index or 0)
-
-
-@triton.jit
-def prefetch(pointers):
-    """Have the lines of memory at `pointers` brought to the L2 cache, and do not wait."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
