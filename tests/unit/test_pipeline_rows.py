@@ -394,7 +394,7 @@ def test_an_engine_that_died_keeps_nobody_waiting(chat_model_dir: Path, monkeypa
 
     def step() -> list[object]:
         if not waits.is_set():  # the next one finds all these rows waiting
-            while len(engine._new) < ROWS_AHEAD:
+            while engine.stats().num_waiting < ROWS_AHEAD:
                 time.sleep(0.01)
             waits.set()
             return []
