@@ -6,6 +6,8 @@ Either way all ranks route all tokens alike, and a rank's result is its partial 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,7 +17,7 @@ from nanovllm.kernels.triton_compat import use_triton
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.quantized import Numbers, QuantizedWeight, some_columns, some_rows
 from nanovllm.models.config import MoeConfig
-from nanovllm.models.quantization import WeightScheme
+from nanovllm.models.quantization import WeightFormat, WeightScheme
 
 
 class Router(nn.Module):
@@ -124,7 +126,12 @@ class SparseMoe(nn.Module):
 
     Args:
         slot: as in `RowParallelLinear`.
+
+    Attributes:
+        takes_rounded: as of `MLP`: never, as the router reads the hidden states unrounded.
     """
+
+    takes_rounded: ClassVar[WeightFormat | None] = None
 
     def __init__(self, hidden_size: int, config: MoeConfig, tp: TensorParallel, slot: int) -> None:
         super().__init__()
@@ -134,9 +141,6 @@ class SparseMoe(nn.Module):
         self.normalize = config.normalize
         self.gate = Router(hidden_size, config.num_experts)
         self.experts = FusedExperts(hidden_size, config, tp)
-
-    # The router and the experts read the same hidden states, the former unrounded.
-    takes_rounded = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] -> this rank's partial sums [T, H]."""
