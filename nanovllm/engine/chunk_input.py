@@ -120,10 +120,3 @@ class ChunkStep(NamedTuple):
         slots[:samples], slots[samples:] = self.sample_slots, padding_slot
         lens[:samples] = self.sample_lens
         return array
-
-
-def empty_input(shape: ChunkShape, padding_slot: int) -> Ints:
-    """The flat array of a step in which everything is padding: it changes nothing on the device."""
-    none = np.zeros(0, dtype=np.int64)
-    step = ModelInput(0, none, [], [], none, none, none.reshape(3, 0), none.reshape(5, 0), np.zeros(0, np.float32))
-    return ChunkStep(step, *[none] * 8).pack(shape, np.zeros((0, 4), dtype=np.int32), padding_slot)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nanovllm.engine.chunk_input import ChunkInput, ChunkShape, ChunkStep, empty_input
+from nanovllm.engine.chunk_input import ChunkInput, ChunkShape, ChunkStep
 from nanovllm.kernels.sampling import RowMasks
 from nanovllm.utils.transfer import to_device
 
@@ -35,10 +35,10 @@ LARGE_SIZES = 4
 MANY_STEPS = 4
 # Graphs with chunks kept, the least recently used goes first.
 MAX_CHUNK_GRAPHS = 48
-# A capture takes as long as some steps without one: it is made when its size has come up so often; of larger ones' sizes, where the host
-# takes as long for the launches alone.
+# A capture takes as long as some steps without one: it is made when its size has come up so often.
 CAPTURE_AT = 3
-LARGE_CAPTURE_AT = 2
+# Of steps with chunks: the first time loads the kernels, and a capture then takes no longer than to launch them.
+CHUNK_CAPTURE_AT = 2
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -55,15 +55,33 @@ def sparse_graph_sizes(max_num_seqs: int) -> list[int]:
 
 
 def capture(
-    run: Callable[[], Outputs], device: torch.device, pool: tuple[int, int], stream: torch.cuda.Stream
+    run: Callable[[], Outputs],
+    device: torch.device,
+    pool: tuple[int, int],
+    stream: torch.cuda.Stream,
+    *,
+    loaded: bool = False,
 ) -> tuple[torch.cuda.CUDAGraph, Outputs]:
-    """A graph of what `run` launches, which must change nothing now, and what it returned."""
-    run()  # kernels are compiled and loaded outside of the capture
-    torch.cuda.current_stream(device).synchronize()
+    """A graph of what `run` launches, and what it returned.
+
+    Args:
+        run: changes nothing now; it is run once before, unless all its kernels are `loaded`, as none can be while a graph is captured.
+    """
+    if not loaded:
+        run()
+    # What is cached is as much as a step takes, and so as a graph may.
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if torch.cuda.mem_get_info(device)[0] < cached:
+        torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
-    # thread_local: another thread of the process may use CUDA meanwhile.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        outputs = run()
+    # Not `torch.cuda.graph`: that waits for the device, and gives all cached memory back, which the next steps have to ask for anew.
+    with torch.cuda.stream(stream):
+        # thread_local: another thread of the process may use CUDA meanwhile.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            outputs = run()
+        finally:
+            graph.capture_end()
     return graph, outputs
 
 
@@ -105,12 +123,13 @@ class DecodeGraphs:
         """Capture the graphs of all sizes."""
         start = time.perf_counter()
         gc.collect()
-        torch.cuda.empty_cache()  # as each capture does, so that it does not count
+        torch.cuda.empty_cache()  # here and below, so that what else is cached does not count
         free = torch.cuda.mem_get_info(self.device)[0]
         # The largest first: the smaller ones find room in its memory, as only one runs at a time.
         for size in reversed(self.sizes):
             self._capture(size)
         torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
         self.num_bytes = free - torch.cuda.mem_get_info(self.device)[0]
         self.seconds = time.perf_counter() - start
 
@@ -254,7 +273,7 @@ def most_rows(max_num_seqs: int, max_num_batched_tokens: int, *, large: bool) ->
 
 
 class ChunkGraphs:
-    """Graphs of steps with chunks up to their last hidden states, by padded size; each is captured when its size has come up often.
+    """Graphs of steps with chunks up to their last hidden states, by padded size; each is captured when its size has come up again.
 
     Args:
         forward: a step, padded; returns tensors, of which those after the first have a row a sampling sequence.
@@ -328,24 +347,26 @@ class ChunkGraphs:
     def replay(
         self, chunks: ChunkStep, shape: ChunkShape, tiles: npt.NDArray[np.int32]
     ) -> tuple[ChunkShape, tuple[torch.Tensor, ...]] | None:
-        """Run a step of `shape`; the size it was padded to, and what `forward` returns, of the sequences that sample, valid until the next
-        graph of this pool.
+        """Run a step of `shape`, as a graph or, until that is worth its capture, padded as in one; the size it was padded to, and what
+        `forward` returns, of the sequences that sample, valid until the next graph of this pool.
 
         None: there is no graph for it, nothing was done.
         """
         padded = self.padded(shape)
         if padded is None:
             return None
+        array = self.array[: padded.size]
+        array.copy_(to_device(chunks.pack(padded, tiles, self.padding_slot), self.device))
         if padded not in self.graphs:
             self.wanted[padded] += 1
-            if self.wanted[padded] < (CAPTURE_AT if padded.tokens <= self.most_small else LARGE_CAPTURE_AT):
-                return None
-            self._capture(padded)
-        self.graphs.move_to_end(padded)
-        array = to_device(chunks.pack(padded, tiles, self.padding_slot), self.device)
-        self.array[: padded.size].copy_(array)
-        graph, outputs = self.graphs[padded]
-        graph.replay()
+            if self.wanted[padded] >= CHUNK_CAPTURE_AT:
+                self._capture(padded)
+        if padded in self.graphs:
+            self.graphs.move_to_end(padded)
+            graph, outputs = self.graphs[padded]
+            graph.replay()
+        else:
+            outputs = self.forward(ChunkInput.of(array, padded))
         hidden, *of_samples = outputs
         return padded, (hidden, *(tensor[: shape.samples] for tensor in of_samples))
 
@@ -355,7 +376,6 @@ class ChunkGraphs:
             evicted, _ = self.graphs.popitem(last=False)
             self.wanted[evicted] = 0
         array = self.array[: shape.size]
-        array.copy_(to_device(empty_input(shape, self.padding_slot), self.device))
         self.graphs[shape] = capture(
-            lambda: self.forward(ChunkInput.of(array, shape)), self.device, self.pool, self.stream
+            lambda: self.forward(ChunkInput.of(array, shape)), self.device, self.pool, self.stream, loaded=True
         )

@@ -6,11 +6,9 @@ from collections import deque
 from typing import NamedTuple
 
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.demand import AnswerLengths, Demand
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.outputs import FinishReason
-
-# Admission leaves every running sequence room to generate this many tokens more, so that it is seldom preempted at once.
-DECODE_RESERVE_TOKENS = 64
 
 
 class ScheduledSequence(NamedTuple):
@@ -29,8 +27,9 @@ class Scheduler:
     """One token budget a step, shared by decodes and prefill chunks; the oldest sequences come first.
 
     Running sequences are served first, in the order of their admission: one token each for those that decode, the next
-    chunk for those still in prefill. What is left of the budget admits waiting ones. Where a running sequence finds no block, the
-    youngest one is preempted: its blocks are freed and it waits, to be recomputed, at the head of the queue.
+    chunk for those still in prefill. What is left of the budget admits waiting ones, as long as the pool holds what all are expected to
+    grow to. Where a running sequence finds no block all the same, the youngest one is preempted: its blocks are freed and it waits, to be
+    recomputed, at the head of the queue.
 
     A step may be scheduled before the tokens of the one before are known: they count as pending. The caller hands them in by
     `Sequence.token_ids` before the step after that, drops those of sequences that have finished meanwhile, and lets one step
@@ -46,6 +45,12 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.free_slots = list(range(self.max_num_seqs))[::-1]
         self.num_preemptions = 0
+        self.lengths = AnswerLengths()
+        # Blocks that the running ones can still take, whatever they do.
+        self.growth = 0
+        # Sequences that have left, and how many had when which one was not admitted: as long as none does, it need not be asked again.
+        self.departures = 0
+        self.refused: tuple[Sequence, int] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -69,6 +74,8 @@ class Scheduler:
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._release(seq)
+            if reason != "error":
+                self.lengths.add(seq)
         elif seq.status is SequenceStatus.WAITING:
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
@@ -100,27 +107,37 @@ class Scheduler:
         while not self.block_manager.can_extend(seq, num_tokens):
             if self._preempt_youngest() is seq:
                 return False
+        held = len(seq.block_table)
         self.block_manager.extend(seq, num_tokens)
+        self.growth -= len(seq.block_table) - held
         return True
 
     def _admit(self, batch: list[ScheduledSequence], budget: int) -> None:
-        if not self.waiting:
-            return
-        reserve = sum(map(self._reserve, self.running))
+        demand: Demand | None = None
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
+            if self.refused == (seq, self.departures):
+                break
             matched = self.block_manager.match_prefix(seq)
             needed = self.block_manager.num_new_blocks(seq, matched)
-            reserve += self._reserve(seq)
+            # The prompt's other blocks are among `needed`.
+            growth = self._most_blocks(seq) - self.block_manager.blocks_for(seq.num_tokens)
             free = self.block_manager.num_free_blocks
-            # A sequence that runs alone needs no reserve: it fits the pool, and nobody else takes blocks.
-            if needed + (reserve if self.running else 0) > free:
+            # One that runs alone fits, and nobody else takes blocks.
+            fits = needed <= free if not self.running else needed + growth + self.growth <= free
+            if not fits and self.running:
+                if demand is None or demand.free != free:
+                    demand = Demand(self.running, free, self.block_manager.block_size, self.lengths)
+                fits = demand.take(seq, needed)
+            if not fits:
+                self.refused = seq, self.departures
                 break
             self.waiting.popleft()
             self.block_manager.allocate(seq, matched)
             seq.status = SequenceStatus.RUNNING
             seq.slot = self.free_slots.pop()
             self.running.append(seq)
+            self.growth += growth
             budget -= self._take(batch, seq, min(seq.num_tokens - seq.num_computed_tokens, budget))
 
     def _take(self, batch: list[ScheduledSequence], seq: Sequence, num_tokens: int) -> int:
@@ -132,12 +149,9 @@ class Scheduler:
         seq.num_pending += samples
         return num_tokens
 
-    def _reserve(self, seq: Sequence) -> int:
-        """Blocks `seq` may still take within the decode reserve."""
-        num_tokens, block_size = seq.num_tokens, self.block_manager.block_size
-        left = min(seq.max_new_tokens + seq.num_prompt_tokens - num_tokens, DECODE_RESERVE_TOKENS)
-        held = len(seq.block_table) or -(-num_tokens // block_size)
-        return max(0, -(-(num_tokens + left) // block_size) - held)
+    def _most_blocks(self, seq: Sequence) -> int:
+        """Blocks of `seq` at its limit; the last token is never stored."""
+        return self.block_manager.blocks_for(seq.num_prompt_tokens + seq.max_new_tokens - 1)
 
     def _preempt_youngest(self) -> Sequence:
         seq = self.running.pop()
@@ -148,6 +162,8 @@ class Scheduler:
         return seq
 
     def _release(self, seq: Sequence) -> None:
+        self.growth -= self._most_blocks(seq) - len(seq.block_table)
+        self.departures += 1
         self.block_manager.register(seq)
         self.block_manager.free(seq)
         self.free_slots.append(seq.slot)

@@ -14,6 +14,7 @@ from nanovllm import LLM, SamplingParams, UserError
 from nanovllm.engine import scheduler, shared_prefix
 from nanovllm.outputs import RequestOutput
 from tests.models import make_model
+from tests.preemption import NoReserve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -90,7 +91,7 @@ def test_tight_pool_and_cached_prefixes(
     model: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Preempted sequences are computed again, and a second batch finds the first one's blocks."""
-    monkeypatch.setattr(scheduler, "DECODE_RESERVE_TOKENS", 0)
+    monkeypatch.setattr(scheduler, "Demand", NoReserve)
     llm = LLM(str(model), dtype="float32", max_model_len=256, kvcache_block_size=16, num_kvcache_blocks=20)
     for _ in range(2):
         assert tokens(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == expected

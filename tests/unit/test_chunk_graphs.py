@@ -19,6 +19,7 @@ from nanovllm.engine.cuda_graph import ChunkGraphs
 from nanovllm.kernels import triton_compat
 from nanovllm.kernels.triton_compat import HAS_TRITON
 from nanovllm.utils.transfer import HostCopy
+from tests.preemption import NoReserve
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"),
@@ -47,7 +48,9 @@ class Replay:
 def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs without CUDA."""
 
-    def capture(run: Callable[[], tuple[torch.Tensor, ...]], *_: Any) -> tuple[Replay, tuple[torch.Tensor, ...]]:
+    def capture(
+        run: Callable[[], tuple[torch.Tensor, ...]], *_: Any, loaded: bool = False
+    ) -> tuple[Replay, tuple[torch.Tensor, ...]]:
         outputs = tuple(tensor.clone() for tensor in run())
         return Replay(run, outputs), outputs
 
@@ -104,8 +107,7 @@ def test_padded_steps_give_the_same_tokens(
     tokens: tuple[int, ...], capture_at: int, options: dict[str, Any], model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that come and go: nearly every step has decodes and the chunk of a new prompt, one size or another."""
-    for name in ("CAPTURE_AT", "LARGE_CAPTURE_AT"):
-        monkeypatch.setattr(cuda_graph, name, capture_at)
+    monkeypatch.setattr(cuda_graph, "CHUNK_CAPTURE_AT", capture_at)
     monkeypatch.setattr(cuda_graph, "CHUNK_DECODE_SIZES", 1)  # decodes are padded too
     common = {"kvcache_block_size": 16, "max_num_seqs": 3, "max_model_len": 64, **options}
     found, scored = [], []
@@ -122,7 +124,9 @@ def test_padded_steps_give_the_same_tokens(
             if tokens == (8,):  # large ones, without decodes and with
                 large = [shape.decodes for shape in replays if shape.tokens > 8]
                 assert large and max(large) > 0 == min(large), replays
-            assert all(count < cuda_graph.CAPTURE_AT for shape, count in graphs.wanted.items() if shape not in replays)
+            assert all(
+                count < cuda_graph.CHUNK_CAPTURE_AT for shape, count in graphs.wanted.items() if shape not in replays
+            )
         llm.exit()
     assert found[0] == found[1]
     assert sum(map(bool, scored[0])) == 2
@@ -168,7 +172,7 @@ def test_shared_prefixes_give_the_same_tokens(
     for name, value in (("LEAST_TOKENS", 16), ("LEAST_SAVED", 1), ("LEAST_SAVED_BYTES", 1), ("ENTRY_TOKENS", 0)):
         monkeypatch.setattr(shared_prefix, name, value)
     monkeypatch.setattr(cuda_graph, "CAPTURE_AT", 2)
-    monkeypatch.setattr(scheduler, "DECODE_RESERVE_TOKENS", 0)
+    monkeypatch.setattr(scheduler, "Demand", NoReserve)
     documents = [[RNG.randrange(257) for _ in range(18)] for _ in range(2)]
     prompts = [SHARED + documents[row % 2] + [row] * (1 + row % 3) for row in range(5)] + [[5] * 3]
     params = [SamplingParams(temperature=0.9 * (row % 2), max_tokens=2 + row % 3, seed=row) for row in range(6)]
@@ -226,7 +230,7 @@ def test_the_least_used_graph_goes(model_dir: Path, monkeypatch: pytest.MonkeyPa
     llm = LLM(str(model_dir), attention_backend="triton", kvcache_block_size=16, max_num_seqs=2, max_model_len=64)
     graphs = use_graphs(llm, monkeypatch, (8, 16, 32))
     monkeypatch.setattr(cuda_graph, "MAX_CHUNK_GRAPHS", 2)
-    monkeypatch.setattr(cuda_graph, "CAPTURE_AT", 1)
+    monkeypatch.setattr(cuda_graph, "CHUNK_CAPTURE_AT", 1)
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: type("S", (), {"synchronize": lambda self: None})()
     )

@@ -21,6 +21,7 @@ from nanovllm.engine.executor import UniprocExecutor
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.kernels.sampling import LEAST_KEY
 from tests.models import make_model
+from tests.preemption import NoReserve
 
 Batch = tuple[list[list[int]], list[SamplingParams]]
 Answer = tuple[list[int], str | None, str]
@@ -122,7 +123,7 @@ def test_the_same_answers(
     setting: str,
     overlap: bool,
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "DECODE_RESERVE_TOKENS", 0)
+    monkeypatch.setattr(scheduler_module, "Demand", NoReserve)
     preemptions = 0
     slow = setting in ("one slot", "a token a step")
     for batch, wanted in zip(batches[: 1 if slow else None], expected, strict=False):
@@ -201,7 +202,7 @@ def test_aborts_in_the_middle(
     overlap: bool,
 ) -> None:
     """Aborted running, waiting and with a token pending: the others do not notice."""
-    monkeypatch.setattr(scheduler_module, "DECODE_RESERVE_TOKENS", 0)
+    monkeypatch.setattr(scheduler_module, "Demand", NoReserve)
     rng = random.Random(seed)
     (prompts, params), wanted = batches[seed % 3], expected[seed % 3]
     tight = {"num_kvcache_blocks": 16, "max_num_seqs": 8, "max_num_batched_tokens": 40} if seed % 2 else {}

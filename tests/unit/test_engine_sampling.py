@@ -12,6 +12,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import scheduler
 from nanovllm.kernels.sampling import gumbel_noise, keys_to_tokens, sample_keys_torch
+from tests.preemption import NoReserve
 
 
 def sample(logits: torch.Tensor, *state: torch.Tensor) -> torch.Tensor:
@@ -127,7 +128,7 @@ def test_seeded_rows_do_not_depend_on_the_batch(model_dir: Path, monkeypatch: py
     assert mixed[5:] == together
     assert mixed[:5] == [token_ids(llm, [[1, 2]], greedy[:1])[0]] * 5
 
-    monkeypatch.setattr(scheduler, "DECODE_RESERVE_TOKENS", 0)
+    monkeypatch.setattr(scheduler, "Demand", NoReserve)
     small = LLM(str(model_dir), kvcache_block_size=16, num_kvcache_blocks=5, max_num_batched_tokens=9, seed=99)
     assert token_ids(small, prompts, params) == together
     assert small.scheduler.num_preemptions > 0

@@ -23,11 +23,13 @@ from hypothesis import strategies as st
 from nanovllm.engine import block_manager as block_manager_module
 from nanovllm.engine import scheduler as scheduler_module
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.demand import AnswerLengths, Demand
 from nanovllm.engine.model_input import build_model_input, is_decode, order_batch
 from nanovllm.engine.scheduler import ScheduledSequence, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.outputs import FinishReason
 from nanovllm.sampling_params import SamplingParams
+from tests.preemption import NoReserve
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Workload:
     max_num_seqs: int
     budget: int
     prefix_caching: bool
-    reserve: int
+    reserve: bool
     hashes: int | None
     requests: list[Request]
 
@@ -122,7 +124,8 @@ class Simulation:
         pool = self.workload.num_blocks * self.workload.block_size
         prompt = request.prompt[:pool]
         limit = min(request.max_new_tokens, pool - len(prompt) + 1)
-        seq = Sequence(len(self.seqs), prompt, SamplingParams(), limit, seed=len(self.seqs) + 1000)
+        params = SamplingParams(ignore_eos=request.stop is None)
+        seq = Sequence(len(self.seqs), prompt, params, limit, seed=len(self.seqs) + 1000)
         self.seqs.append(seq)
         self.requests.append(request)
         self.tokens.append(list(prompt))
@@ -352,7 +355,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         max_num_seqs=draw(st.integers(1, 8)),
         budget=draw(st.integers(1, 12) | st.just(1000)),
         prefix_caching=draw(st.sampled_from([True, True, True, False])),
-        reserve=draw(st.sampled_from([0, 0, 2, 64])),
+        reserve=draw(st.booleans()),
         hashes=draw(st.sampled_from([None, None, 1, 3])),
         requests=requests,
     )
@@ -360,7 +363,8 @@ def workloads(draw: st.DrawFn) -> Workload:
 
 def simulate(workload: Workload, overlap: bool) -> Simulation:
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(scheduler_module, "DECODE_RESERVE_TOKENS", workload.reserve))
+        if not workload.reserve:
+            stack.enter_context(mock.patch.object(scheduler_module, "Demand", NoReserve))
         if workload.hashes is not None:
             original, count = block_manager_module.xxhash.xxh64_intdigest, workload.hashes
             colliding = mock.patch.object(
@@ -405,7 +409,7 @@ def crowded_workload(rng: random.Random) -> Workload:
         max_num_seqs=rng.randint(2, 16),
         budget=rng.choice([3, 7, 20, 1000]),
         prefix_caching=rng.random() < 0.85,
-        reserve=rng.choice([0, 0, 2, 64]),
+        reserve=rng.random() < 0.5,
         hashes=rng.choice([None, None, 3]),
         requests=requests,
     )
@@ -442,7 +446,7 @@ def test_cached_tokens_are_all_that_anyone_computed_before(overlap: bool, worklo
 def test_an_overlapped_loop_needs_one_step_more_than_a_synchronous_one() -> None:
     """Where lengths are known nothing is computed in vain, and no step is left out."""
     requests = [Request([i, i + 1], 9) for i in range(5)]
-    workload = Workload(4, 64, 8, 1000, True, 64, None, requests)
+    workload = Workload(4, 64, 8, 1000, True, True, None, requests)
     synchronous, overlapped = simulate(workload, False), simulate(workload, True)
     assert (synchronous.steps, overlapped.steps) == (9, 10)
     assert overlapped.surplus == 0
@@ -471,7 +475,7 @@ def test_decodes_and_prefill_chunks_share_a_step() -> None:
 
 
 def test_the_youngest_is_preempted_and_comes_back_first() -> None:
-    with mock.patch.object(scheduler_module, "DECODE_RESERVE_TOKENS", 0):
+    with mock.patch.object(scheduler_module, "Demand", NoReserve):
         scheduler = Scheduler(8, 100, BlockManager(4, 2, enable_prefix_caching=False))
         seqs = [sequence(i, [i, i], max_new_tokens=5) for i in range(4)]
         for seq in seqs:
@@ -490,13 +494,72 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
 
 
 @both_ways
-def test_the_decode_reserve_keeps_preemption_away(overlap: bool) -> None:
-    """With the reserve a pool is not filled with prompts whose first tokens would throw each other out again."""
-    requests = [Request([i], 40) for i in range(20)]
-    workload = Workload(2, 64, 20, 1000, True, scheduler_module.DECODE_RESERVE_TOKENS, None, requests)
-    assert simulate(workload, overlap).scheduler.num_preemptions == 0
-    without = Workload(2, 64, 20, 1000, True, 0, None, requests)
-    assert simulate(without, overlap).scheduler.num_preemptions > 0
+@pytest.mark.parametrize("block_size", [1, 2, 16])
+def test_who_is_admitted_is_not_preempted(block_size: int, overlap: bool) -> None:
+    """Where lengths are known, in a pool that is too small for all at once; hardly ever, where sequences have a few blocks each."""
+    rng = random.Random(block_size)
+    preempted = crowded = 0
+    for _ in range(12):
+        requests = [Request([i] * rng.randint(1, 30), rng.choice([rng.randint(1, 40), 40])) for i in range(20)]
+        workload = Workload(block_size, rng.randint(80, 400) // block_size, 20, 1000, True, True, None, requests)
+        run = simulate(workload, overlap)
+        preempted += run.scheduler.num_preemptions
+        without = simulate(dataclasses.replace(workload, reserve=False), overlap)
+        crowded += without.scheduler.num_preemptions
+    assert crowded > 60
+    assert preempted <= (0 if block_size == 1 else crowded // 20)
+
+
+def needed_at_most(seqs: list[Sequence], block_size: int) -> int:
+    """Blocks in use when the pool is fullest: each step counted, each sequence by itself."""
+    lefts = [seq.num_prompt_tokens + seq.max_new_tokens - 1 - seq.num_tokens for seq in seqs]
+    return max(
+        sum(
+            -(-(seq.num_tokens + min(step, left)) // block_size)
+            for seq, left in zip(seqs, lefts, strict=True)
+            if left + 1 >= step  # its blocks come back when its last token has been read
+        )
+        for step in range(max(lefts) + 2)
+    )
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_admission_leaves_what_the_running_will_take(block_size: int) -> None:
+    """As many are taken as can run without preemption, counted step by step; where blocks are large, within one of each."""
+    rng, taken = random.Random(block_size), Counter[bool]()
+    for _ in range(300):
+        seqs = []
+        for number in range(rng.randint(2, 12)):
+            seq = Sequence(
+                number, [1] * rng.randint(1, 60), SamplingParams(ignore_eos=True), rng.randint(1, 60), seed=0
+            )
+            if number:  # the first one is new
+                seq.token_ids.extend([2] * rng.randrange(seq.max_new_tokens))
+                seq.block_table = [0] * -(-seq.num_tokens // block_size)
+                seq.num_cached_tokens = 0
+            seqs.append(seq)
+        most = needed_at_most(seqs, block_size)
+        now = sum(len(seq.block_table) for seq in seqs)
+        new = -(-seqs[0].num_tokens // block_size)
+        for total in range(max(now, most - 20), most + 20):
+            wanted = now + new <= total and most <= total
+            found = Demand(seqs[1:], total - now, block_size, AnswerLengths()).take(seqs[0], new)
+            assert found == wanted or (block_size > 1 and abs(total - most) <= len(seqs) / 2), (total, most)
+            taken[found] += 1
+    assert min(taken.values()) > 1000
+
+
+@both_ways
+def test_admission_learns_how_long_answers_are(overlap: bool) -> None:
+    """Rows that stop long before their limit: room is kept for a few of them at first, then for what they take."""
+    rng = random.Random(5)
+    requests = [Request([i], 400, stop=rng.randint(4, 12)) for i in range(300)]
+    workload = Workload(2, 256, 100, 1000, True, True, None, requests)
+    learned, greedy = simulate(workload, overlap), simulate(dataclasses.replace(workload, reserve=False), overlap)
+    assert greedy.scheduler.num_preemptions > 4 * learned.scheduler.num_preemptions
+    known = [dataclasses.replace(request, max_new_tokens=request.stop or 0, stop=None) for request in requests]
+    best = simulate(dataclasses.replace(workload, requests=known), overlap)
+    assert learned.steps < 1.35 * best.steps, "as many run as if lengths had been known, but for the first ones"
 
 
 def test_equal_prompts_of_one_step_are_computed_once() -> None:

@@ -22,6 +22,7 @@ from nanovllm.kernels.triton_compat import HAS_TRITON
 from nanovllm.layers.backends import triton_backend
 from nanovllm.outputs import RequestOutput
 from tests.models import make_model, needs_two_ranks
+from tests.preemption import NoReserve
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
@@ -253,7 +254,7 @@ def test_prefix_cache_on_and_off(reference: Reference) -> None:
 @pytest.mark.parametrize(("budget", "prefix_caching"), [(16, True), (64, False)])
 def test_preemption(reference: Reference, budget: int, prefix_caching: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pool that holds little more than the longest sequence, and no reserve that would keep preemption away."""
-    monkeypatch.setattr(scheduler, "DECODE_RESERVE_TOKENS", 0)
+    monkeypatch.setattr(scheduler, "Demand", NoReserve)
     options = {"num_kvcache_blocks": 7, "enable_prefix_caching": prefix_caching, "max_num_batched_tokens": budget}
     llm = LLM(str(reference.path), kvcache_block_size=16, **options)
     run(reference, llm)

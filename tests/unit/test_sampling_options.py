@@ -23,6 +23,7 @@ from nanovllm.kernels.filter_logits import filter_logits, filter_logits_torch
 from nanovllm.kernels.sampling import gumbel_noise
 from nanovllm.kernels.triton_compat import HAS_TRITON
 from tests.models import TWO_RANKS
+from tests.preemption import NoReserve
 
 NUM_TOKENS = 12
 
@@ -152,7 +153,7 @@ def test_tokens_are_those_of_transformers(
 ) -> None:
     prompts, params = requests()
     if "num_kvcache_blocks" in ENGINES[engine]:
-        monkeypatch.setattr(scheduler, "DECODE_RESERVE_TOKENS", 0)
+        monkeypatch.setattr(scheduler, "Demand", NoReserve)
     llm = LLM(str(chat_model_dir), kvcache_block_size=16, **ENGINES[engine])
     outputs = run(llm, prompts, params)
     names = [name for name in OPTIONS for _ in range(2)]
