@@ -103,12 +103,15 @@ def forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         kernel = qk_norm_rope._qk_norm_rope_store_kernel
         found.append((f"rope {rotary} {weight} {cache}", kernel, types, ROPE_SHAPE | scales | {"ROTARY": rotary}))
     norm = {"ADD": True, "SPLITS": 1, "BLOCK": 1024, "PDL": True, "LARGEST": 0.0, "LEAST_SCALE": 1e-10, "GROUP": 1024}
-    norm |= {"INTEGER": False, "scale_ptr": None}
+    norm |= {"INTEGER": False, "CUDA": True, "scale_ptr": None, "row_scale_ptr": None, "column_scale_ptr": None}
     found.append(("norm", layernorm._add_rms_norm_kernel, NORM | {"weight_ptr": F32}, norm))
     for numbers, group in ((FP8, 4096), (I8, 128)):
         types = NORM | {"weight_ptr": BF16, "normed_ptr": numbers, "scale_ptr": F32}
         shape = norm | {"LARGEST": 448.0, "GROUP": group, "INTEGER": numbers == I8, "BLOCK": 4096, "num_warps": 16}
         del shape["scale_ptr"]
+        if numbers == FP8:
+            types |= {"row_scale_ptr": F32, "column_scale_ptr": F32}
+            del shape["row_scale_ptr"], shape["column_scale_ptr"]
         found.append((f"norm {numbers} {group}", layernorm._add_rms_norm_kernel, types, shape))
     reduced = NORM | {"weight_ptr": F32, "addresses_ptr": I64}
     shape = {"WORLD": 2, "ADD": False, "SYNC": True, "BLOCK": 1024, "PDL": True}
@@ -192,7 +195,7 @@ def quantized_forms() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     for numbers, group in ((FP8, 128), (I8, 4096)):
         types = {"x_ptr": BF16, "numbers_ptr": numbers, "scale_ptr": F32}
         shape = {"LARGEST": 448.0, "LEAST_SCALE": 1e-10, "GROUP": group, "INTEGER": numbers == I8, "BLOCK": 4096}
-        shape |= {"GATED": group == 128, "PDL": True, "num_warps": 16}
+        shape |= {"GATED": group == 128, "CUDA": True, "PDL": True, "num_warps": 16}
         found.append((f"quantize {numbers}", quantize._quantize_rows_kernel, types, shape))
     for numbers, rows, apart, out in ((FP8, 8, True, F32), (I8, 100, False, BF16), (FP8, 4096, True, BF16)):
         types = {"x_ptr": numbers, "weight_ptr": numbers, "x_scale_ptr": F32, "scale_ptr": F32, "bias_ptr": BF16}

@@ -22,20 +22,26 @@ def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
     return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
 
 
+Scales = tuple[torch.Tensor, torch.Tensor]
+
+
 def add_rms_norm_torch(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scales: Scales | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add a block's output to the residual, and norm the sum.
 
     Args:
         x: [..., H], or its S partial sums [S, ..., H] in float32; residual: [..., H], None for none (then `x` is whole).
         weight: [H] of the norm, in the model's type or float32.
+        scales: [T] of rows and [H] of columns, by which `x` [T, H] is still to be multiplied; None: by nothing.
 
     Returns:
         The sum's norm and the sum, [..., H] each.
     """
     if residual is None:
         return rms_norm_torch(x, weight, eps), x
+    if scales is not None:
+        x = (x.float() * scales[0].unsqueeze(1) * scales[1]).to(residual.dtype)
     if x.dim() > residual.dim():
         x = x.sum(0).to(residual.dtype)
     total = x + residual
@@ -43,21 +49,27 @@ def add_rms_norm_torch(
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, scales: Scales | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `add_rms_norm_torch`. The sum is a fresh tensor, or `x` itself where there is no residual."""
-    normed, _, total = _launch(x, residual, weight, eps, None, 0)
+    normed, _, total = _launch(x, residual, weight, eps, scales, None, 0)
     return normed, total
 
 
 def add_rms_norm_rounded(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, dtype: torch.dtype, group: int = 0
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    group: int = 0,
+    scales: Scales | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `quantize_rows` makes of `add_rms_norm`'s norm, and the sum: numbers [..., H] of `dtype`, scales [H / group, T], the sum.
 
     The norm itself goes to memory nowhere, which the two launches would write and read.
     """
-    normed, scale, total = _launch(x, residual, weight, eps, dtype, group)
+    normed, scale, total = _launch(x, residual, weight, eps, scales, dtype, group)
     assert scale is not None
     return normed, scale, total
 
@@ -67,6 +79,7 @@ def _launch(
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
+    scales: Scales | None,
     dtype: torch.dtype | None,
     group: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -83,10 +96,14 @@ def _launch(
     scale = None
     if dtype is not None:
         scale = torch.empty(size // (group or size), len(others), dtype=torch.float32, device=x.device)
+    row_scale, column_scale = scales or (None, None)
+    assert scales is None or (residual is not None and splits == 1)
     pdl = use_pdl(x)
     _add_rms_norm_kernel[(len(others),)](
         rows,
         others,
+        row_scale,
+        column_scale,
         weight,
         normed,
         total,
@@ -104,6 +121,7 @@ def _launch(
         GROUP=group or block,
         INTEGER=dtype == torch.int8,
         BLOCK=block,
+        CUDA=x.is_cuda,
         PDL=pdl,
         launch_pdl=pdl,
         # Four elements a thread: a row is short, so its latency counts, not the width of a load.
@@ -116,6 +134,8 @@ def _launch(
 def _add_rms_norm_kernel(
     x_ptr,
     residual_ptr,
+    row_scale_ptr,
+    column_scale_ptr,
     weight_ptr,
     normed_ptr,
     total_ptr,
@@ -133,12 +153,15 @@ def _add_rms_norm_kernel(
     GROUP: tl.constexpr,
     INTEGER: tl.constexpr,
     BLOCK: tl.constexpr,
+    CUDA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    if column_scale_ptr is not None:
+        column_scale = tl.load(column_scale_ptr + column, mask=inside, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -146,6 +169,8 @@ def _add_rms_norm_kernel(
     x = tl.load(x_ptr + column, mask=inside, other=0.0)
     for split in tl.static_range(1, SPLITS):
         x += tl.load(x_ptr + split * stride_split + column, mask=inside, other=0.0)
+    if column_scale_ptr is not None:
+        x = x.to(tl.float32) * tl.load(row_scale_ptr + row) * column_scale
     dtype = total_ptr.dtype.element_ty
     x = x.to(dtype).to(tl.float32)
     if ADD:
@@ -160,7 +185,7 @@ def _add_rms_norm_kernel(
     normed = (normed * weight.to(tl.float32)).to(dtype)
     if LARGEST > 0.0:
         grouped = tl.reshape(normed.to(tl.float32), (BLOCK // GROUP, GROUP))
-        numbers, scale = rounded(grouped, LARGEST, LEAST_SCALE, INTEGER)
+        numbers, scale = rounded(grouped, LARGEST, LEAST_SCALE, INTEGER, CUDA)
         numbers = tl.reshape(numbers, (BLOCK,)).to(normed_ptr.dtype.element_ty)
         tl.store(normed_ptr + row * size + column, numbers, mask=inside)
         group = tl.arange(0, BLOCK // GROUP)

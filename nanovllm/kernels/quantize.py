@@ -34,7 +34,7 @@ def quantize_rows_torch(
     tokens, columns = x.shape
     grouped = x.float().view(tokens, columns // (group or columns), group or columns)
     scale = (grouped.abs().amax(-1) / (largest or LARGEST[dtype])).clamp_min(LEAST_SCALE)
-    numbers = (grouped / scale.unsqueeze(-1)).view(tokens, columns)
+    numbers = (grouped * scale.reciprocal().unsqueeze(-1)).view(tokens, columns)
     if dtype == torch.int8:
         numbers = torch.floor(numbers + 0.5)
     return numbers.to(dtype), scale.t().contiguous()
@@ -63,6 +63,7 @@ def quantize_rows(
         INTEGER=dtype == torch.int8,
         GATED=gated,
         BLOCK=block,
+        CUDA=x.is_cuda,
         PDL=pdl,
         launch_pdl=pdl,
         num_warps=min(max(block // 256, 1), 16),
@@ -84,6 +85,7 @@ def _quantize_rows_kernel(
     INTEGER: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
+    CUDA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -99,20 +101,29 @@ def _quantize_rows_kernel(
     if GATED:
         # Rounded where silu and the product are in torch.
         up = tl.load(x_ptr + columns + column, mask=inside, other=0.0).to(tl.float32)
-        x = ((x / (1.0 + tl.exp(-x))).to(loaded.dtype).to(tl.float32) * up).to(loaded.dtype).to(tl.float32)
-    numbers, scale = rounded(x, LARGEST, LEAST_SCALE, INTEGER)
+        x = (silu(x, CUDA).to(loaded.dtype).to(tl.float32) * up).to(loaded.dtype).to(tl.float32)
+    numbers, scale = rounded(x, LARGEST, LEAST_SCALE, INTEGER, CUDA)
     tl.store(numbers_ptr + row * columns + column, numbers.to(numbers_ptr.dtype.element_ty), mask=inside)
     tl.store(scale_ptr + group.to(tl.int64) * tokens + row, scale, mask=group * GROUP < columns)
 
 
 @triton.jit
-def rounded(x, LARGEST: tl.constexpr, LEAST_SCALE: tl.constexpr, INTEGER: tl.constexpr):
+def silu(x, CUDA: tl.constexpr):
+    """`x` float32 / (1 + exp(-x)); on CUDA a quotient of two instructions in place of eight, within 2**-22."""
+    if CUDA:
+        return tl.extra.cuda.libdevice.fast_dividef(x, 1.0 + tl.exp(-x))
+    else:  # noqa: RET505 - only one branch is compiled
+        return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def rounded(x, LARGEST: tl.constexpr, LEAST_SCALE: tl.constexpr, INTEGER: tl.constexpr, CUDA: tl.constexpr):
     """`x` [groups, columns] float32 as numbers to be cast to 8 bits, and a scale for each group."""
     scale = tl.maximum(tl.max(tl.abs(x), axis=1) / LARGEST, LEAST_SCALE)
-    numbers = x / scale[:, None]
+    numbers = x * (1.0 / scale)[:, None]
     if INTEGER:
         numbers = tl.floor(numbers + 0.5)
-    else:
-        # The quotient of a rounded division may lie a little above the largest number.
+    elif not CUDA:
+        # The product may lie a little above the largest number, which only CUDA's cast takes for that.
         numbers = tl.minimum(tl.maximum(numbers, -LARGEST), LARGEST)
     return numbers, scale

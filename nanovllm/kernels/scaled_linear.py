@@ -117,6 +117,24 @@ def _cublas(
     return torch._scaled_mm(x, weight.t(), bias=bias, out_dtype=torch.bfloat16, **scales, **given)
 
 
+def unscaled_pays(rows: int, n: int, sms: int) -> bool:
+    """Whether cuBLAS is faster at a product [rows, K] x [n, K]^T without its scales: with those of rows it has tiles of 128 x 128 only, and
+    the last wave of these would leave multiprocessors idle (bench/NOTES.md)."""
+    tiles = -(-rows // 128) * -(-n // 128)
+    return rows > MAX_ROWS and tiles < 0.9 * -(-tiles // sms) * sms
+
+
+def unscaled_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x` [T, K] times `weight` [N, K], transposed, both float8_e4m3fn on a GPU, without their scales: [T, N] bfloat16."""
+    one = _one(x.device)
+    return torch._scaled_mm(x, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+@cache
+def _one(device: torch.device) -> torch.Tensor:
+    return torch.ones((), device=device)
+
+
 def triton_scaled_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor,

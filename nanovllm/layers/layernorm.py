@@ -8,7 +8,7 @@ from torch import nn
 from nanovllm.kernels.layernorm import add_rms_norm, add_rms_norm_rounded, add_rms_norm_torch
 from nanovllm.kernels.triton_compat import use_triton
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.layers.quantized import DTYPES, RoundedRows
+from nanovllm.layers.quantized import DTYPES, RoundedRows, UnscaledSums
 from nanovllm.models.quantization import WeightFormat
 
 
@@ -30,25 +30,31 @@ class RMSNorm(nn.Module):
         return self.add_norm(x, None)[0]
 
     def add_norm_rounded(
-        self, x: torch.Tensor, residual: torch.Tensor | None, form: WeightFormat | None
+        self, x: torch.Tensor | UnscaledSums, residual: torch.Tensor | None, form: WeightFormat | None
     ) -> tuple[torch.Tensor | RoundedRows, torch.Tensor]:
         """`add_norm`, the norm being rounded for a product with a weight in `form`; as it is where that is None, or cannot be done at once."""
-        if form is None or self.tp.size > 1 or not use_triton(x):
+        sums, scales = (x.sums, x.scales) if isinstance(x, UnscaledSums) else (x, None)
+        if form is None or self.tp.size > 1 or not use_triton(sums):
             return self.add_norm(x, residual)
-        numbers, scale, total = add_rms_norm_rounded(x, residual, self.weight, self.eps, DTYPES[form.kind], form.group)
+        numbers, scale, total = add_rms_norm_rounded(
+            sums, residual, self.weight, self.eps, DTYPES[form.kind], form.group, scales
+        )
         return RoundedRows(numbers, scale, total.dtype), total
 
-    def add_norm(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_norm(
+        self, x: torch.Tensor | UnscaledSums, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add a block's output to the residual; the sum's norm and the sum, [T, size] each.
 
         Args:
             x: what `RowParallelLinear` returns, partial sums of [T, size]; without a residual [..., size] itself.
             residual: [T, size]; None for none.
         """
+        sums, scales = (x.sums, x.scales) if isinstance(x, UnscaledSums) else (x, None)
         if residual is not None and self.tp.size > 1:
-            return self.tp.all_reduce_add_norm(x, residual, self.weight, self.eps)
-        kernel = add_rms_norm if use_triton(x) else add_rms_norm_torch
-        return kernel(x, residual, self.weight, self.eps)
+            return self.tp.all_reduce_add_norm(sums, residual, self.weight, self.eps)
+        kernel = add_rms_norm if use_triton(sums) else add_rms_norm_torch
+        return kernel(sums, residual, self.weight, self.eps, scales)
 
     def reduce_norm(self, x: torch.Tensor) -> torch.Tensor:
         """The norm of what a `RowParallelLinear` without split sums returns, added up over the ranks: [T, size] -> [T, size]."""

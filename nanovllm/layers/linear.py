@@ -18,7 +18,7 @@ from nanovllm.kernels.skinny_linear import SkinnyTiles, choose_tiles, skinny_lin
 from nanovllm.layers.activation import gelu_and_mul, silu_and_mul
 from nanovllm.layers.lora import LoraWeights
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.layers.quantized import Numbers, QuantizedWeight, RoundedRows, some_columns, some_rows
+from nanovllm.layers.quantized import Numbers, QuantizedWeight, RoundedRows, UnscaledSums, some_columns, some_rows
 from nanovllm.models.quantization import WeightFormat, WeightScheme
 
 
@@ -213,9 +213,13 @@ class RowParallelLinear(ParallelLinear):
     def _columns_of_rank(self) -> slice:
         return slice(self.tp.rank * self.in_features, (self.tp.rank + 1) * self.in_features)
 
-    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | RoundedRows) -> torch.Tensor | UnscaledSums:
         """[T, in_features / size] -> this rank's partial sums [T, out_features], or [S, T, out_features] in float32."""
         bias = self.bias if self.tp.rank == 0 else None
+        if self.quantized is not None and self.splits and self.tp.size == 1 and bias is None and not self.has_adapters:
+            unscaled = self.quantized.unscaled(x)
+            if unscaled is not None:
+                return unscaled
         if self.tp.size > 1:
             out = self._into_buffer(x, bias)
         elif self.quantized is not None:

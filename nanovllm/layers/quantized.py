@@ -20,8 +20,8 @@ from nanovllm.kernels.packed_linear import (
     unpack_weight_torch,
 )
 from nanovllm.kernels.quantize import quantize_rows, quantize_rows_torch
-from nanovllm.kernels.scaled_linear import scaled_linear, scaled_linear_torch
-from nanovllm.kernels.triton_compat import use_triton
+from nanovllm.kernels.scaled_linear import scaled_linear, scaled_linear_torch, unscaled_linear, unscaled_pays
+from nanovllm.kernels.triton_compat import multiprocessors, use_triton
 from nanovllm.models.quantization import WeightFormat
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
@@ -108,6 +108,14 @@ class RoundedRows:
         return len(self.numbers)
 
 
+@dataclass(frozen=True)
+class UnscaledSums:
+    """A product whose scales the norm after it applies: `sums` [T, N] times those of rows [T] and of columns [N]."""
+
+    sums: torch.Tensor
+    scales: tuple[torch.Tensor, torch.Tensor]
+
+
 class QuantizedWeight(nn.Module):
     """A weight [rows, columns] in `form`, on the default device.
 
@@ -164,6 +172,18 @@ class QuantizedWeight(nn.Module):
         assert isinstance(x, torch.Tensor)
         widen = packed_linear if use_triton(x) else packed_linear_torch
         return widen(x, self.numbers, self.scale, self.zero, bias, out, partial=partial)
+
+    def unscaled(self, x: torch.Tensor | RoundedRows) -> UnscaledSums | None:
+        """`linear` without its scales, where that is faster; `x` as there."""
+        size = (len(x), len(self.numbers), multiprocessors(self.numbers.device))
+        if self.numbers.dtype != torch.float8_e4m3fn or not self.numbers.is_cuda or len(self.scale) > 1:
+            return None
+        if not self.form.activations or not unscaled_pays(*size):
+            return None
+        x = x if isinstance(x, RoundedRows) else RoundedRows.of(x, self.form)
+        if x.dtype != torch.bfloat16:
+            return None
+        return UnscaledSums(unscaled_linear(x.numbers, self.numbers), (x.scale[0], self.scale[0]))
 
 
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -19,7 +19,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import GatedColumnParallelLinear, RowParallelLinear, qkv_parallel_linear
 from nanovllm.layers.moe import SparseMoe
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.layers.quantized import RoundedRows
+from nanovllm.layers.quantized import RoundedRows, UnscaledSums
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.config import ModelConfig, RopeConfig
 from nanovllm.models.quantization import WeightFormat
@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor | RoundedRows, context: ForwardContext
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | UnscaledSums:
         """[T, H] -> [T, H]."""
         qkv = self.qkv_proj(hidden)
         norm_rope_store = qk_norm_rope_store if use_triton(qkv) else qk_norm_rope_store_torch
@@ -88,7 +88,7 @@ class SelfAttention(nn.Module):
             context.slot_mapping,
             self.attn.scales,
         )
-        out: torch.Tensor = self.o_proj(self.attn(q, context))
+        out: torch.Tensor | UnscaledSums = self.o_proj(self.attn(q, context))
         return out
 
 
@@ -107,10 +107,10 @@ class MLP(nn.Module):
         """See `ParallelLinear.takes_rounded`."""
         return self.gate_up_proj.takes_rounded
 
-    def forward(self, hidden: torch.Tensor | RoundedRows) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor | RoundedRows) -> torch.Tensor | UnscaledSums:
         """[T, H] -> [T, H]."""
         inner = self.gate_up_proj(hidden, self.down_proj.takes_rounded)
-        out: torch.Tensor = self.down_proj(inner)
+        out: torch.Tensor | UnscaledSums = self.down_proj(inner)
         return out
 
 

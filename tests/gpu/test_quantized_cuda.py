@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels.quantize import quantize_rows, quantize_rows_torch
 from nanovllm.kernels.scaled_linear import scaled_linear, scaled_linear_torch
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.quantized import QuantizedWeight
+from nanovllm.models.quantization import WeightFormat
 from tests.models import make_model
 from tests.unit.test_quantized_layers import FORMATS, SIZES, store
 
@@ -116,3 +119,18 @@ def test_products_of_the_sizes_that_engines_have(dtype: torch.dtype, group: int,
     out = torch.empty(rows, n, device="cuda", dtype=torch.bfloat16)
     assert scaled_linear(x8, x_scale, numbers, scale, torch.bfloat16, bias, out) is out
     assert (out.float() - expected).norm() < 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 300, 512, 580, 1024])
+def test_a_product_without_its_scales_is_the_product(rows: int) -> None:
+    """Where cuBLAS is faster so: the norm that applies the scales gives the same."""
+    weight = QuantizedWeight(4096, 2048, WeightFormat("fp8", 0, activations=True)).cuda()
+    weight.put(0, torch.randn(4096, 2048, device="cuda"))
+    x = torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16)
+    unscaled, norm = weight.unscaled(x), RMSNorm(4096, 1e-6).cuda().bfloat16()
+    assert (unscaled is not None) == (rows in (65, 300, 580))
+    if unscaled is not None:
+        residual = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+        wanted_both = norm.add_norm(weight.linear(x), residual)
+        for got, wanted in zip(norm.add_norm(unscaled, residual), wanted_both, strict=True):
+            assert (got.float() - wanted.float()).norm() < 5e-3 * wanted.float().norm()
