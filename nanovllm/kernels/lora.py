@@ -17,8 +17,8 @@ from nanovllm.kernels.grouping import group_rows
 from nanovllm.kernels.triton_compat import tl, triton, use_pdl
 
 # Tokens of a tile, and the most parts that its sum over K is made in, for steps of up to so many tokens: few tokens make few tiles,
-# and parts occupy the device.
-TILES = ((128, 16, 8), (1024, 32, 4))
+# and parts occupy the device, but each tile of the product after it reads them all (bench/NOTES.md).
+TILES = ((128, 16, 8), (1024, 32, 2))
 LARGEST_TILE = (64, 1)
 SPLIT_FEATURES = 512
 BLOCK_K = 128

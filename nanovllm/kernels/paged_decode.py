@@ -58,6 +58,8 @@ FP8_LAUNCH = DecodeLaunch(programs_per_sm=4, num_stages=8, num_warps=2, tile_byt
 NARROW_LAUNCH = DecodeLaunch(
     programs_per_sm=3, num_stages=5, tile_tokens=(64, 64), max_registers=168, narrow_scores=True
 )
+# Found with two query heads a KV head, and this with four.
+GROUPED_NARROW_LAUNCH = NARROW_LAUNCH._replace(num_stages=6)
 
 
 def decode_launch(dtype: torch.dtype, query_dtype: torch.dtype, group: int) -> DecodeLaunch:
@@ -66,7 +68,9 @@ def decode_launch(dtype: torch.dtype, query_dtype: torch.dtype, group: int) -> D
         return LAUNCH
     # Two parts in eight bits are all of a bfloat16.
     narrow = query_dtype == torch.bfloat16 and group <= NARROW_HEADS and HAS_NARROW_PRODUCTS
-    return NARROW_LAUNCH if narrow else FP8_LAUNCH
+    if not narrow:
+        return FP8_LAUNCH
+    return GROUPED_NARROW_LAUNCH if group >= 4 else NARROW_LAUNCH
 
 
 def decode_tile(head_dim: int, dtype: torch.dtype, launch: DecodeLaunch = LAUNCH) -> int:

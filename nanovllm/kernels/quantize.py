@@ -66,7 +66,8 @@ def quantize_rows(
         CUDA=x.is_cuda,
         PDL=pdl,
         launch_pdl=pdl,
-        num_warps=min(max(block // 256, 1), 16),
+        # Few rows do not occupy the device, so each has more threads.
+        num_warps=min(max(block // 256, 1), 16 if tokens <= 256 else 8),
     )
     return numbers, scale
 

@@ -119,7 +119,8 @@ def test_add_rms_norm_rounds_as_two_launches_do(numbers: torch.dtype, size: int,
 @needs_triton
 @pytest.mark.parametrize("numbers", [None, torch.float8_e4m3fn])
 def test_add_rms_norm_applies_the_scales_of_a_product(numbers: torch.dtype | None) -> None:
-    x, residual, weight = randn(7, 96).bfloat16() * 1000, randn(7, 96, seed=1).bfloat16(), randn(96).bfloat16()
+    half = DTYPES[1]
+    x, residual, weight = randn(7, 96, dtype=half) * 1000, randn(7, 96, dtype=half, seed=1), randn(96, dtype=half)
     scales = randn(7, seed=2).abs() / 1000, randn(96, seed=3).abs()
     expected, expected_total = add_rms_norm_torch(x, residual, weight, 1e-6, scales)
     meant = (x.double() * scales[0].double()[:, None] * scales[1].double()).float() + residual.float()
