@@ -7,6 +7,7 @@ tokens) and taken only if its parent and its tokens are the same, so a hash coll
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import NamedTuple
 
 import xxhash
 
@@ -31,6 +32,16 @@ class Block:
         self.tokens = b""
 
 
+class Match(NamedTuple):
+    """Leading blocks that a sequence was given from the cache: `tokens` is what they hold, as bytes, under `root`; `nodes` are theirs then."""
+
+    root: int
+    tokens: bytes
+    blocks: list[Block]
+    nodes: list[int]
+    hashes: list[int]
+
+
 class BlockManager:
     """Hands out `num_blocks` blocks of `block_size` tokens; every operation is O(1) a block.
 
@@ -48,6 +59,7 @@ class BlockManager:
         self.most_found = int(num_blocks * FOUND_PART)
         self.cached: dict[int, Block] = {}
         self.last_node = 0
+        self.last_match: Match | None = None
 
     @property
     def num_free_blocks(self) -> int:
@@ -68,16 +80,38 @@ class BlockManager:
         most = seq.num_tokens - 1
         if seq.extra is not None and seq.extra.first_scored is not None:
             most = min(most, seq.extra.first_scored)
-        matched: list[int] = []
-        node = seq.prefix_root
-        for index in range(most // self.block_size):
+        count = most // self.block_size
+        blocks = self._as_last_time(seq, count)
+        node = blocks[-1].node if blocks else seq.prefix_root
+        for index in range(len(blocks), count):
             hash_value, tokens = self._content(seq, index)
             block = self._lookup(hash_value, node, tokens)
             if block is None:
                 break
-            matched.append(block.block_id)
+            blocks.append(block)
             node = block.node
-        return matched
+        if blocks:
+            tokens = seq.token_ids[: len(blocks) * self.block_size].tobytes()
+            hashes = seq.block_hashes[: len(blocks)]
+            self.last_match = Match(seq.prefix_root, tokens, blocks, [block.node for block in blocks], hashes)
+        return [block.block_id for block in blocks]
+
+    def _as_last_time(self, seq: Sequence, count: int) -> list[Block]:
+        """The blocks of the last match, up to `count`, where `seq` begins with all they hold, and they still hold it: rows with one instruction
+        follow each other, and are compared at once."""
+        last = self.last_match
+        if last is None or last.root != seq.prefix_root:
+            return []
+        shared = min(count, len(last.blocks))
+        tokens = seq.token_ids[: shared * self.block_size].tobytes()
+        if (
+            tokens != last.tokens[: len(tokens)]
+            or [block.node for block in last.blocks[:shared]] != last.nodes[:shared]
+        ):
+            return []
+        known = len(seq.block_hashes)
+        seq.block_hashes += last.hashes[known:shared]
+        return last.blocks[:shared]
 
     def num_new_blocks(self, seq: Sequence, matched: list[int]) -> int:
         """Free blocks that `allocate` would take for all tokens of `seq`: the `matched` ones nobody holds count too."""

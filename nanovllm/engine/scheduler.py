@@ -142,10 +142,12 @@ class Scheduler:
 
     def _take(self, batch: list[ScheduledSequence], seq: Sequence, num_tokens: int) -> int:
         start = seq.num_computed_tokens
-        samples = start + num_tokens == seq.num_tokens
+        end = start + num_tokens
+        samples = end == seq.num_tokens
         batch.append(ScheduledSequence(seq, start, num_tokens, samples))
-        seq.num_computed_tokens = start + num_tokens
-        self.block_manager.register(seq)
+        seq.num_computed_tokens = end
+        if end // self.block_manager.block_size > seq.num_registered_blocks:
+            self.block_manager.register(seq)
         seq.num_pending += samples
         return num_tokens
 
