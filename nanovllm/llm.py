@@ -14,6 +14,7 @@ from nanovllm.errors import UserError
 from nanovllm.outputs import RequestOutput, error_output
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.chat import ChatError, ChatRenderer, Message
+from nanovllm.utils.heap import settled_heap
 
 # Most prompts taken in before a step.
 PROMPTS_PER_STEP = 128
@@ -22,6 +23,7 @@ PROMPTS_PER_STEP = 128
 class LLM(LLMEngine):
     """An engine with a batch interface. See `LLMEngine` for the arguments and errors."""
 
+    @settled_heap()
     def generate(
         self,
         prompts: Prompt | Sized[Prompt],

@@ -20,6 +20,7 @@ from ray.data.block import BlockAccessor
 
 from nanovllm import AsyncLLM, EngineConfig, EngineDeadError, SamplingParams, UserError
 from nanovllm.preflight import check_sampling
+from nanovllm.utils.heap import settle_heap, unsettle_heap
 from nanovllm.utils.validation import parse, suggest
 from pipelines.columns import OutputColumns, check_names, choose_columns
 from pipelines.dedupe import Deduplicated, check_dedupe
@@ -116,10 +117,12 @@ class NanoVLLMPredictor:
         self._engine = AsyncLLM(directory, **engine_options)
         self._metrics = EngineMetrics(output="")
         self._rows = RowPath(Deduplicated(self._engine) if dedupe else self._engine, self._settings.prompt.too_long)
+        settle_heap()
 
     def __del__(self) -> None:
         """Free the engine when Ray lets go of the actor."""
         if hasattr(self, "_engine"):
+            unsettle_heap()
             self._engine.shutdown()
 
     async def __call__(self, batch: Batch) -> pa.Table:

@@ -29,6 +29,7 @@ from ray.actor import ActorHandle
 from cluster.draining import node_is_draining
 from nanovllm import EngineConfig, EngineDeadError, RequestOutput, UserError
 from nanovllm.engine.ranks import RankLauncher
+from nanovllm.utils.heap import settle_heap, unsettle_heap
 from pipelines.attempts import AttemptLog, Diagnosis, diagnose, groups, spread
 from pipelines.columns import output_columns
 from pipelines.commit import Journal, OutputDirectory, read_journal, retrying
@@ -194,6 +195,7 @@ class ShardWorker:
         self._steps, self._stepped = 0, time.monotonic()
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._gpu, self._gpus = gpus_held(self._config.engine) if task.engine is None else ("", 0.0)
+        settle_heap()
         self._load_s = time.monotonic() - self._began
         reporter = threading.Thread(
             target=_report_regularly, args=(weakref.ref(self), board), name="report", daemon=True
@@ -203,6 +205,7 @@ class ShardWorker:
     def __del__(self) -> None:
         """Free the engine when Ray lets go of the actor."""
         if hasattr(self, "_engine"):
+            unsettle_heap()
             self._engine.shutdown()
 
     async def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:

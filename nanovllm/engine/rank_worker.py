@@ -35,6 +35,7 @@ from nanovllm.engine.row_sampling import SamplingInput
 from nanovllm.engine.step_result import StepCopy
 from nanovllm.errors import UserError
 from nanovllm.layers.parallel import TensorParallel
+from nanovllm.utils.heap import settle_heap
 
 # How long a rank waits for its next message before it looks whether its step is done: short against any step.
 POLL_SECONDS = 50e-6
@@ -113,6 +114,7 @@ def serve(connection: Connection) -> None:
         runner = build_runner(setup)
         connection.send(RankReply(runner.max_kvcache_blocks()))
         connection.send(RankReply(f"{runner.start(connection.recv())}, {runner.tp.summary}"))
+        settle_heap()
         in_flight: deque[StepCopy] = deque()
         while True:
             # The next step is launched as soon as it is known, also while this one runs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 from concurrent.futures import Future
@@ -132,6 +133,14 @@ def test_shards_are_committed_with_their_counts(bench: Bench) -> None:
         table = bench.output.read_part(shard.index, ["id", "generated_text"])
         assert table["generated_text"].to_pylist() == expected_texts(shard)
     bench.output.finish(bench.shards)
+
+
+def test_the_collector_looks_away_as_long_as_there_is_a_worker(bench: Bench) -> None:
+    before = gc.get_threshold(), gc.get_freeze_count()
+    worker, _ = bench.worker()
+    assert gc.get_freeze_count() > before[1] + 10_000
+    worker.__del__()
+    assert (gc.get_threshold(), gc.get_freeze_count()) == before
 
 
 def test_journalled_rows_are_not_generated_again(bench: Bench) -> None:
