@@ -110,6 +110,7 @@ class Simulation:
             assert self.steps < 10 * (total + 1) ** 2, "sequences do not end"
         assert not self.scheduler.running and not self.scheduler.waiting
         assert self.blocks.num_free_blocks == self.workload.num_blocks
+        assert self.scheduler.growth == 0
         assert all(block.ref_count == 0 for block in self.blocks.blocks)
         assert all(seq.status is SequenceStatus.FINISHED and not seq.block_table for seq in self.seqs)
         assert all(seq.num_pending == 0 and seq.slot == -1 for seq in self.seqs)
