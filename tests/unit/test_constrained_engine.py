@@ -15,6 +15,7 @@ import pytest
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import scheduler
 from tests.models import TWO_RANKS
+from tests.preemption import NoReserve
 
 SCHEMA = {
     "type": "object",
@@ -53,7 +54,7 @@ def valid(wanted: dict[str, Any], text: str) -> bool:
 
 
 def test_every_constrained_output_parses(chat_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "DECODE_RESERVE_TOKENS", 0)
+    monkeypatch.setattr(scheduler, "Demand", NoReserve)
     params = [
         SamplingParams(temperature, 90, seed=seed, structured_outputs=wanted)
         for wanted in WANTED
