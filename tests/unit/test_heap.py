@@ -12,6 +12,7 @@ import pytest
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import RequestOutput
+from nanovllm.utils import heap
 from nanovllm.utils.heap import settle_heap, settled_heap, unsettle_heap
 
 
@@ -21,8 +22,10 @@ class Cycle:
 
 
 @pytest.fixture(autouse=True)
-def as_found() -> Iterator[None]:
-    """Whatever a test does ends with it."""
+def as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a test does ends with it; nor does it matter what others of this process left."""
+    monkeypatch.setattr(heap, "_thresholds", [])
+    gc.unfreeze()
     found = gc.get_threshold(), gc.get_freeze_count()
     yield
     assert (gc.get_threshold(), gc.get_freeze_count()) == found
