@@ -18,7 +18,6 @@ import pytest
 import pipelines.worker
 from nanovllm import EngineDeadError, RequestOutput, SamplingParams
 from nanovllm.engine.stats import EngineStats
-from nanovllm.utils import heap
 from pipelines.attempts import AttemptLog
 from pipelines.commit import Journal, OutputDirectory, output_schema, read_journal
 from pipelines.inputs import list_dataset, measure
@@ -27,6 +26,7 @@ from pipelines.plan import SHARD_SCHEMA, Shard, Stage, cut
 from pipelines.requests import row_seed
 from pipelines.results import RowResult, Sample
 from pipelines.worker import ENGINE_DIED, ShardWorker, Task
+from tests.unit.test_heap import forget_others
 
 ROWS = 12
 
@@ -137,8 +137,7 @@ def test_shards_are_committed_with_their_counts(bench: Bench) -> None:
 
 
 def test_the_collector_looks_away_as_long_as_there_is_a_worker(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heap, "_thresholds", [])  # of other tests' workers
-    gc.unfreeze()
+    forget_others(monkeypatch)
     before = gc.get_threshold(), gc.get_freeze_count()
     worker, _ = bench.worker()
     assert gc.get_freeze_count() > before[1] + 10_000
