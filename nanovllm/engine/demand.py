@@ -16,6 +16,7 @@ from nanovllm.engine.sequence import Sequence
 
 # Answers that count: so many of the last.
 HISTORY = 512
+# Multiples of it, without their whole parts, lie as evenly between 0 and 1 as those of any number.
 GOLDEN = (5**0.5 - 1) / 2
 
 Floats = npt.NDArray[np.float64]

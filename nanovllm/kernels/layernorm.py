@@ -22,6 +22,7 @@ def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
     return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
 
 
+# What a product is still to be multiplied by: of its rows [T] and of its columns [H], float32.
 Scales = tuple[torch.Tensor, torch.Tensor]
 
 
